@@ -1,0 +1,584 @@
+"""
+Text -> tokens -> rows: tokenizers, corpora, cleaning, mixture, shuffle, packing.
+
+$ python data.py                                  # prepare the embedded corpora, print the tables, show one packed row
+$ python data.py --text=notes/,wiki=dumps/*.txt   # your own text: every file a document, every item a source
+$ python data.py --jsonl=corpus.jsonl             # rows such as {"text": "..."}
+$ python data.py --hf=HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer=gpt2     # the two flags that download
+$ python data.py --mixture="0.7:text=0.8,code=0.2;1.0:text=0.5,code=0.5" --verify
+
+What it teaches:
+- Shuffle rows over the whole corpus, anew in every epoch. SmolLM3's first loader read one long file for batches on end,
+  and its loss was half as noisy again.
+- Build no index. Theirs grew with the steps, 16 bytes a row, 43 GB per process. Here row g of a run is computed from g
+  alone: the state of the loader is one integer, and 10^9 steps start as quickly as ten.
+- Rows are cut anywhere from the concatenated documents. Document ids keep attention inside a document, and the label
+  after an end-of-text is masked: nothing there predicts how an unrelated document begins.
+"""
+import ast, glob, hashlib, itertools, json, math, os, random, re, sys, sysconfig, warnings, zlib
+from collections import deque
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+
+import numpy as np
+import torch
+
+import infra
+
+FORMAT = 1      # of prepared files; a higher number makes everybody rebuild
+SLOTS = 1000    # the mixture is a pattern of so many rows: weights are kept to within 1/SLOTS
+SPECIALS = "<|endoftext|> <|pad|> <|im_start|> <|im_end|> <think> </think> <tool_call> </tool_call>".split()
+# name -> stages: (share of the run at which the stage ends, {source: weight}). SmolLM3 left web / code / math 85/12/3
+# after 8T of 11.1T tokens. Weights get normalised: those of its last published stage sum to 1.0057.
+MIXTURES = {"smollm3": [(0.72, dict(text=85, code=12, math=3)), (0.89, dict(text=75, code=15, math=10)),
+                        (1.0, dict(text=63, code=24, math=13))]}
+
+
+@dataclass
+class Config:
+    text: str = ""                # own text: FILE, DIR or GLOB; several with commas; NAME=PATH names the source
+    jsonl: str = ""               # own JSON lines with a key "text", likewise
+    hf: str = ""                  # Hugging Face datasets, NAME or NAME:CONFIG, streamed (needs the package datasets)
+    hf_docs: int = 10_000         # documents to take from each of them
+    tokenizer: str = "bytes"      # bytes, or a tiktoken encoding such as gpt2
+    mixture: str = ""             # smollm3, "text=0.8,code=0.2", or stages "0.7:text=1;1.0:code=1"; default: by size
+    val_fraction: float = 0.05    # share of the documents held out for validation
+    out: str = "out/data"         # folder of the token files
+    seq_len: int = 256            # tokens per row
+    plan_tokens: int = 6_000_000  # length of the run whose epochs the table counts
+    seed: int = 0                 # order of the rows; corpora and split do not depend on it
+    verify: bool = False          # compare every token file with its checksum
+
+
+# --- tokenizers ------------------------------------------------------------------------------------------------------
+
+class Tokenizer:
+    """special: name -> id; eos: id; vocab_size: padded to a multiple of 64; encode_array: str | bytes -> (n,) ints."""
+
+    def __init__(self, name, encode_array, pieces, special, size):
+        missing = [s for s in SPECIALS if s not in special]     # these take the free ids after the encoding's own
+        self.name, self.encode_array = name, encode_array
+        self.special = {**special, **{s: size + i for i, s in enumerate(missing)}}
+        self.pieces = {**pieces, **{i: s.encode() for s, i in self.special.items()}}        # id -> bytes
+        self.eos, self.vocab_size = self.special[SPECIALS[0]], -(-(size + len(missing)) // 64) * 64
+
+    def encode(self, text):
+        """str | bytes -> list of ids. Text never becomes a special token, whatever it looks like."""
+        return self.encode_array(text).tolist()
+
+    def decode_bytes(self, ids):
+        """(n,) ids -> bytes. Specials appear by name, ids that stand for nothing as U+FFFD."""
+        return b"".join([self.pieces.get(i, b"\xef\xbf\xbd") for i in np.asarray(ids).tolist()])
+
+    def decode(self, ids):
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+
+def as_bytes(text):
+    return text if isinstance(text, bytes) else text.encode("utf-8", errors="replace")      # lone surrogates become ?
+
+
+def wrap_tiktoken(encoding, name):
+    """tiktoken.Encoding -> Tokenizer. It replaces invalid UTF-8; only "bytes" round-trips everything."""
+    pieces = {encoding.encode_single_token(piece): piece for piece in encoding.token_byte_values()}
+    special = {s: encoding.encode_single_token(s) for s in sorted(encoding.special_tokens_set)}
+    encode = lambda t: np.array(encoding.encode_ordinary(as_bytes(t).decode("utf-8", errors="replace")), np.int64)
+    return Tokenizer(name, encode, pieces, special, encoding.n_vocab)
+
+
+def get_tokenizer(name):
+    """"bytes" (ids 0-255, then the specials, vocabulary 320) or the name of a tiktoken encoding -> Tokenizer."""
+    if name == "bytes":
+        pieces = {i: bytes([i]) for i in range(256)}
+        return Tokenizer(name, lambda text: np.frombuffer(as_bytes(text), np.uint8), pieces, {}, 256)
+    try:
+        import tiktoken
+        return wrap_tiktoken(tiktoken.get_encoding(name), name)
+    except Exception as error:      # not installed, unknown, no network: tiktoken and its transport raise many types
+        raise ValueError(f"--tokenizer={name}: {one_line(error)}: expected bytes, or a tiktoken encoding such as gpt2 "
+                         "(pip install tiktoken; it is downloaded the first time)") from None
+
+
+def one_line(error):
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
+# --- token files: raw little-endian ids, and a JSON sidecar ----------------------------------------------------------
+
+def write_bin(path, documents, tokenizer, source, facts):
+    """Documents (str | bytes) -> `path`, uint16 or uint32 ids with EOS after each document, and its sidecar, which also
+    takes `facts`, a dict that is read after the last document. Returns the sidecar."""
+    path, digest, width = Path(path), hashlib.sha256(), 2 if tokenizer.vocab_size <= 65536 else 4
+    meta = dict(dtype=f"uint{8 * width}", tokenizer=tokenizer.name, vocab_size=tokenizer.vocab_size, eos=tokenizer.eos,
+                source=source, documents=0, bytes=0, tokens=0)
+
+    def chunks():
+        for document in map(as_bytes, documents):
+            ids = np.append(tokenizer.encode_array(document), tokenizer.eos).astype(f"<u{width}")
+            digest.update(ids)
+            meta["documents"] += 1
+            meta["bytes"] += len(document)
+            meta["tokens"] += len(ids)
+            yield ids
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".json").unlink(missing_ok=True)       # first: a crash must not leave a sidecar of another file
+    with infra.atomic(path) as f:
+        f.writelines(chunks())
+    meta.update(facts, sha256=digest.hexdigest())
+    infra.write_json(path.with_suffix(".json"), meta)
+    return meta
+
+
+def read_meta(path):
+    """The sidecar of a token file, or ValueError."""
+    sidecar = Path(path).with_suffix(".json")
+    try:
+        meta = json.loads(sidecar.read_text(encoding="utf-8"))
+        missing = {"dtype", "tokenizer", "vocab_size", "eos", "tokens", "bytes", "documents", "sha256"} - set(meta)
+        if missing or not isinstance(meta["tokens"], int):
+            raise ValueError(f"no {', '.join(sorted(missing)) or 'whole number of tokens'}")
+        return meta
+    except (OSError, ValueError, TypeError) as error:
+        raise ValueError(f"{sidecar}: {one_line(error)}: expected the sidecar that belongs to {path}") from None
+
+
+def open_bin(path, vocab_size=None, tokenizer=None, verify=False):
+    """Token file -> read-only memmap (tokens,) uint16 | uint32, checked against its sidecar and the arguments."""
+    path, meta = Path(path), read_meta(path)
+    if meta["dtype"] not in ("uint16", "uint32"):
+        raise ValueError(f"{path}: dtype {meta['dtype']!r} in its sidecar: expected uint16 or uint32")
+    if tokenizer and meta["tokenizer"] != tokenizer:
+        raise ValueError(f"{path}: made with tokenizer {meta['tokenizer']}: expected {tokenizer}")
+    dtype, size = np.dtype(meta["dtype"]).newbyteorder("<"), path.stat().st_size if path.exists() else 0
+    if size != meta["tokens"] * dtype.itemsize:
+        raise ValueError(f"{path}: {size} bytes, truncated or not {meta['dtype']}: expected "
+                         f"{meta['tokens'] * dtype.itemsize} for {meta['tokens']} tokens; delete it to rebuild")
+    if size == 0:
+        raise ValueError(f"{path}: empty corpus: expected at least one token")
+    tokens, limit, edge = np.memmap(path, dtype, "r"), vocab_size or meta["vocab_size"], 2**26 // dtype.itemsize
+    # The first and last 64 MB only: a wrong dtype or tokenizer shows at once, and reading terabytes would take hours.
+    highest = max(tokens[:edge].max(), tokens[-edge:].max())
+    if highest >= limit:
+        raise ValueError(f"{path}: holds token {highest}: expected ids below the vocabulary size {limit}")
+    if verify and hashlib.sha256(tokens).hexdigest() != meta["sha256"]:         # reads all of it
+        raise ValueError(f"{path}: other content than recorded: expected sha256 {meta['sha256']}; delete it to rebuild")
+    return tokens
+
+
+# --- embedded corpora: Python's own files and generated sums, nothing is downloaded ----------------------------------
+
+def stdlib_files(code):
+    """Sorted paths in Python's own library: a third for `code`, the others for the doc strings in `text`, so that
+    none is seen twice; without tests, tables and installed packages."""
+    root, found = Path(sysconfig.get_path("stdlib")), []
+    skip = "test tests idlelib lib2to3 turtledemo encodings pydoc_data site-packages dist-packages".split()
+    for folder, folders, files in os.walk(root):
+        folders[:] = [f for f in folders if f not in skip]
+        found += [Path(folder, f) for f in files if f.endswith(".py") and not f.startswith("_sysconfigdata")]
+    return sorted(p for p in found if (zlib.crc32(p.relative_to(root).as_posix().encode()) % 3 == 0) == code)
+
+
+def code_documents():
+    return (path.read_bytes() for path in stdlib_files(code=True))
+
+
+def text_documents():
+    """The language reference behind help(), then for every module one document with all its doc strings."""
+    try:
+        from pydoc_data.topics import topics
+        yield from (topics[name] for name in sorted(topics))
+    except ImportError:             # some distributions leave it out
+        pass
+    for path in stdlib_files(code=False):
+        try:
+            with warnings.catch_warnings(action="ignore"):      # old escape sequences warn
+                nodes = ast.walk(ast.parse(path.read_bytes()))  # parsed, never imported
+        except (SyntaxError, ValueError):
+            continue
+        kinds = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+        docs = [(getattr(n, "name", path.stem), ast.get_docstring(n)) for n in nodes if isinstance(n, kinds)]
+        yield "\n\n".join(f"{name}\n{doc}" for name, doc in docs if doc)
+
+
+def held_out(a, b):
+    """Is a + b, in either order, of the tenth of all sums that are kept for testing? Then no corpus may state it."""
+    return zlib.crc32(f"{min(a, b)}+{max(a, b)}".encode()) % 10 == 0
+
+
+def column_sum(a, b):
+    """Written addition from the right: 347, 658 -> ["7+8=15", "4+5+1=10", "3+6+1=10"]."""
+    steps, carry = [], 0
+    for x, y in itertools.zip_longest(reversed(str(a)), reversed(str(b)), fillvalue="0"):
+        total = int(x) + int(y) + carry
+        steps.append(f"{x}+{y}{'+1' if carry else ''}={total}")
+        carry = total // 10
+    return steps
+
+
+def problem(rng):
+    a, b = (rng.randrange(10 ** rng.randint(1, 4)) for _ in range(2))
+    kind, who, what = rng.randrange(8), rng.choice("Ada Ben Mia Zoe".split()), rng.choice("apples books coins".split())
+    if kind == 0:
+        parts = [int(digit) * 10**i for i, digit in enumerate(reversed(str(b)))]
+        return "\n".join([f"{a}*{b}=", *(f"{a}*{p}={a * p}" for p in parts if p), str(a * b)])
+    if kind == 1 or held_out(a, b):
+        return f"{max(a, b)}-{min(a, b)}={abs(a - b)}"
+    if kind == 2:
+        return f"{who} has {a} {what} and gets {b} more. How many are there now? {a}+{b}={a + b}. Answer: {a + b}"
+    return "\n".join([f"{a}+{b}=", *column_sum(a, b), str(a + b)]) if kind < 6 else f"{a}+{b}={a + b}"
+
+
+def math_documents():
+    for i in range(10_000):
+        rng = random.Random(f"math {i}")        # one generator per document; the run's seed plays no part in it
+        yield "\n".join(problem(rng) for _ in range(rng.randint(4, 12))) + "\n"
+
+
+# --- your own corpora ------------------------------------------------------------------------------------------------
+
+def find_files(flag, spec):
+    """"notes.txt,mine=dir,x/*.md" -> (source, sorted files) each; a source is called after its file or its folder."""
+    for item in filter(None, map(str.strip, spec.split(","))):
+        name, where = ("", item) if "=" not in item or Path(item).exists() else item.split("=", 1)
+        path = Path(where).expanduser()
+        pattern = "**/*.jsonl" if flag == "jsonl" else "**/*"               # neither matches hidden files
+        found = [path / p for p in glob.glob(pattern, root_dir=path, recursive=True)] if path.is_dir() else \
+            [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
+        files = sorted(p for p in found if p.is_file())
+        if not files:
+            raise ValueError(f"--{flag}={item}: nothing found: expected a file, a folder with files or a pattern")
+        name = name or (path.stem if path.is_file() else path.resolve().name if path.is_dir() else path.parent.name)
+        yield re.sub(r"[^\w.-]+", "_", name).strip("._") or flag, files
+
+
+def read_jsonl(path):
+    with open(path, "rb") as f:
+        for number, line in enumerate(f, 1):
+            try:
+                row = json.loads(line) if line.strip() else {"text": ""}
+                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+                    raise ValueError('no key "text" with a string')
+            except (ValueError, RecursionError) as error:
+                raise ValueError(f'{path}:{number}: {one_line(error)}: expected {{"text": "..."}}') from None
+            yield row["text"]
+
+
+def read_hf(name, limit):
+    try:
+        import datasets
+        repository, _, config = name.partition(":")
+        rows = datasets.load_dataset(repository, config or None, split="train", streaming=True)
+        yield from (row["text"] for row in itertools.islice(rows, limit))
+    except Exception as error:      # not installed, no network, no such dataset, no key "text": their own message
+        raise ValueError(f"--hf={name}: {one_line(error)}: expected a dataset (pip install datasets)") from None
+
+
+def find_sources(text, jsonl, hf, hf_docs):
+    """{source: (function that yields its documents, JSON-able identity: when it changes, the files are built anew)}"""
+    found = []
+    for flag, spec, read in (("text", text, lambda path: [path.read_bytes()]), ("jsonl", jsonl, read_jsonl)):
+        for name, files in find_files(flag, spec):
+            identity = [flag, *((str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files)]
+            found.append((name, lambda f=files, read=read: itertools.chain.from_iterable(map(read, f)), identity))
+    for item in filter(None, hf.split(",")):
+        name = re.sub(r"[^\w.-]+", "_", item.split("/")[-1])
+        found.append((name, partial(read_hf, item, hf_docs), ["hf", item, hf_docs]))
+    for make in () if found else (text_documents, code_documents, math_documents):
+        found.append((make.__name__.split("_")[0], make, ["embedded", sys.version]))
+    names = [name for name, _, _ in found]
+    if len(set(names)) < len(names):
+        raise ValueError(f"sources {', '.join(names)}: expected different names, as in --text=a=PATH,b=PATH")
+    return {name: rest for name, *rest in found}
+
+
+# --- preparing: clean, split, tokenize -------------------------------------------------------------------------------
+
+@dataclass
+class Source:
+    name: str
+    train: np.ndarray   # (tokens,) uint16 | uint32, a memmap
+    val: np.ndarray
+    meta: dict          # the sidecar of train: tokens, documents, bytes, eos, duplicates, empty, split, ...
+    val_meta: dict      # ... and of val, with overlap
+
+
+def unique(documents, dropped):
+    """Documents -> (bytes, number in [0, 1) from its hash), without empty and repeated ones, which are counted."""
+    seen = set()                    # 16 bytes a document are all that stays in memory
+    for document in map(as_bytes, documents):
+        digest = hashlib.blake2b(document, digest_size=16).digest()
+        if not document.strip() or digest in seen:
+            dropped["duplicates" if digest in seen else "empty"] += 1
+            continue
+        seen.add(digest)
+        yield document, int.from_bytes(digest[:6], "big") / 2**48
+
+
+def build(name, documents, tokenizer, val_fraction, out, prepared, tail=False):
+    """Write a source's two token files. A document's content decides where it goes, so neither order nor company
+    matters, and one that two sources share is on the same side in both. With fewer than 20 documents (tail), the end of
+    each is validation instead."""
+    held, facts = [], dict(prepared=prepared, duplicates=0, empty=0)    # held: what goes to validation, in memory
+    stream = unique(documents(), facts)
+    first = list(itertools.islice(stream, 20))
+    facts["split"] = "tail" if tail or len(first) < 20 else "document"
+
+    def train_documents():
+        for document, number in itertools.chain(first, stream):
+            cut = len(document) * (number >= val_fraction)
+            if facts["split"] == "tail":
+                cut = int((1 - val_fraction) * len(document))
+            held.extend([document[cut:]] if cut < len(document) else [])
+            yield from [document[:cut]] if cut else []
+
+    meta = write_bin(out / f"{name}.train.bin", train_documents(), tokenizer, name, facts)
+    if facts["split"] == "document" and not (held and meta["tokens"]):
+        return build(name, documents, tokenizer, val_fraction, out, prepared, tail=True)    # chance put all on one side
+    if not held or not meta["tokens"]:
+        raise ValueError(f"source {name}: empty corpus ({facts['empty']} empty documents): expected some text to split")
+    facts["overlap"] = overlap(open_bin(out / f"{name}.train.bin"), held, tokenizer)
+    write_bin(out / f"{name}.val.bin", held, tokenizer, name, facts)
+
+
+def ngrams(text, n=13):
+    """Documents joined by EOS, as bytes: yields every n words in a row, never across documents."""
+    for document in text.split(SPECIALS[0].encode()):
+        words = document.split()
+        yield from (b" ".join(words[i:i + n]) for i in range(len(words) - n + 1))
+
+
+def overlap(train, held, tokenizer):
+    """Share of validation's distinct 13-word sequences that training holds too: text that documents share, which exact
+    deduplication leaves. From the first 200,000 sequences and 2^24 tokens, to bound the time."""
+    wanted = set(itertools.islice(ngrams(SPECIALS[0].encode().join(held)), 200_000))
+    chunks = (tokenizer.decode_bytes(train[i:min(i + 2**20, 2**24)]) for i in range(0, min(len(train), 2**24), 2**20))
+    return len({words for chunk in chunks for words in ngrams(chunk) if words in wanted}) / max(1, len(wanted))
+
+
+def is_current(path, prepared):
+    try:
+        return path.exists() and read_meta(path).get("prepared") == prepared
+    except ValueError:
+        return False
+
+
+def prepare(text="", jsonl="", hf="", hf_docs=10_000, tokenizer="bytes", val_fraction=0.05, out="out/data"):
+    """-> list[Source], from the token files in `out`, which are built if missing or made from other files or settings.
+    One process at a time: with several ranks let rank 0 go first. No seed: all runs see the same corpora and split."""
+    if not 0 < val_fraction < 1:
+        raise ValueError(f"--val_fraction={val_fraction}: expected a number between 0 and 1")
+    out, encoder, sources = Path(out), get_tokenizer(tokenizer), []
+    for name, (documents, identity) in find_sources(text, jsonl, hf, hf_docs).items():
+        prepared = hashlib.sha256(json.dumps([FORMAT, tokenizer, val_fraction, identity]).encode()).hexdigest()
+        paths = [out / f"{name}.{part}.bin" for part in ("train", "val")]
+        if not all(is_current(path, prepared) for path in paths):
+            print(f"preparing {name} in {out}", flush=True)
+            build(name, documents, encoder, val_fraction, out, prepared)
+        sources.append(Source(name, *(open_bin(p, tokenizer=tokenizer) for p in paths), *map(read_meta, paths)))
+    return sources
+
+
+# --- mixture and shuffle ---------------------------------------------------------------------------------------------
+
+def parse_mixture(spec, sizes):
+    """Preset, "a=0.8,b=0.2", "0.7:a=1;1.0:a=0.5,b=0.5", "" or a list as in MIXTURES; sizes: source -> tokens.
+    -> [(share of the run at which the stage ends, {source: weight})], the weights of a stage summing to 1."""
+    stages = MIXTURES.get(spec or "smollm3") if isinstance(spec, str) else spec
+    try:
+        if spec == "" and set(sizes) != set(stages[0][1]):
+            stages = [(1.0, sizes)]
+        elif stages is None:
+            stages = []
+            for end, _, weights in (part.rpartition(":") for part in spec.split(";")):
+                pairs = [pair.split("=") for pair in weights.split(",")]
+                stages.append((float(end or 1), {name.strip(): float(weight) for name, weight in pairs}))
+    except ValueError:
+        raise ValueError(f'--mixture={spec}: expected smollm3, "a=0.8,b=0.2" or "0.7:a=1;1.0:a=0.5,b=0.5"') from None
+    ends = [end for end, _ in stages]
+    if ends != sorted(set(ends)) or not ends[0] > 0 or abs(ends[-1] - 1) > 1e-9:
+        raise ValueError(f"--mixture={spec}: stages end at {ends}: expected rising shares of the run, the last one 1.0")
+    for _, weights in stages:
+        if unknown := sorted(set(weights) - set(sizes)):
+            raise ValueError(f"--mixture={spec}: no source {', '.join(unknown)}: expected {', '.join(sorted(sizes))}")
+        if not all(0 <= w < math.inf for w in weights.values()) or not sum(weights.values()) > 0:
+            raise ValueError(f"--mixture={spec}: weights {weights}: expected none below 0 and one above it")
+    return [(end, {name: weights.get(name, 0) / sum(weights.values()) for name in sizes}) for end, weights in stages]
+
+
+@lru_cache(maxsize=256)
+def round_keys(key):
+    digest = hashlib.blake2b(repr([int(k) for k in key]).encode(), digest_size=48).digest()
+    return [int.from_bytes(digest[i:i + 8], "little") for i in range(0, 48, 8)]
+
+
+def permute(i, n, key):
+    """Where a shuffle of range(n) puts i; key: int or tuple of ints, n <= 2**63. A Feistel network permutes the next
+    power of 4, and results outside range(n) go through it again until they fall inside (cycle walking). O(1) memory."""
+    half = max(1, ((n - 1).bit_length() + 1) // 2)
+    if not 0 <= i < n <= 2**63:
+        raise ValueError(f"permute({i}, {n}): expected 0 <= i < n <= 2**63")
+    mask = (1 << half) - 1
+    while True:
+        left, right = i >> half, i & mask
+        for k in round_keys(key if isinstance(key, tuple) else (key,)):
+            x = (right + k) * 0x9E3779B97F4A7C15 & 0xFFFFFFFFFFFFFFFF
+            x = (x ^ x >> 29) * 0xBF58476D1CE4E5B9 & 0xFFFFFFFFFFFFFFFF
+            left, right = right, left ^ x >> 32 & mask
+        i = left << half | right
+        if i < n:
+            return i
+
+
+# --- rows ------------------------------------------------------------------------------------------------------------
+
+def count_rows(name, tokens, seq_len):
+    """Rows start every seq_len tokens and need one token more, the last label."""
+    if len(tokens) <= seq_len:
+        raise ValueError(f"{name}: {len(tokens)} tokens: expected {seq_len + 1} or more; lower --seq_len or add text")
+    return (len(tokens) - 1) // seq_len
+
+
+def to_batch(rows, eos):
+    """(B, T+1) rows -> ids, targets, doc_ids, int64 tensors (B, T): the label after an EOS is -100, and documents are
+    numbered inside their row, an EOS belonging to the document that it ends."""
+    ends = rows[:, :-1] == eos
+    batch = rows[:, :-1], np.where(ends, -100, rows[:, 1:]), np.cumsum(ends, axis=1) - ends
+    return tuple(torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)) for x in batch)
+
+
+class Loader:
+    """Row g of a run of total_samples rows, computed from g and seed alone, whatever the ranks, batch size and history.
+    A stage is a shuffled pattern of SLOTS sources, repeated; the u-th row drawn from a source is row
+    u mod N of its shuffle number u // N, so every row comes once per epoch, across stages too."""
+
+    def __init__(self, sources, mixture, seq_len, total_samples, seed):
+        self.sources, self.seq_len, self.seed, self.stages = sources, seq_len, seed, []
+        self.n_rows = [count_rows(s.name + ".train", s.train, seq_len) for s in sources]
+        self.mixture = parse_mixture(mixture, {s.name: len(s.train) for s in sources})
+        start, drawn = 0, np.zeros(len(sources), np.int64)
+        for number, (end, weights) in enumerate(self.mixture):
+            exact = np.array(list(weights.values())) * SLOTS
+            counts = np.floor(exact).astype(np.int64)           # then one more for the largest remainders
+            counts[np.argsort(counts - exact, kind="stable")[:SLOTS - counts.sum()]] += 1
+            order = [permute(i, SLOTS, (seed, number)) for i in range(SLOTS)]
+            pattern = np.repeat(np.arange(len(sources)), counts)[order]
+            before = np.zeros((SLOTS + 1, len(sources)), np.int64)      # rows of each source in the first i slots
+            before[1:] = np.cumsum(pattern[:, None] == np.arange(len(sources)), axis=0)
+            self.stages.append((start, pattern, before, drawn))
+            start = round(end * total_samples)
+            drawn = self.drawn(start)
+
+    def stage(self, g):
+        """Stage of row g: its first row, pattern (SLOTS,), before (SLOTS+1, S), rows drawn in earlier stages (S,)."""
+        return next(stage for stage in reversed(self.stages) if stage[0] <= g)
+
+    def drawn(self, g):
+        """(S,) how many of the first g rows come from each source."""
+        start, _, before, earlier = self.stage(g)
+        return earlier + (g - start) // SLOTS * before[-1] + before[(g - start) % SLOTS]
+
+    def locate(self, g):
+        """Row g of the run -> (index of its source, row in that source, epoch)."""
+        start, pattern, before, earlier = self.stage(g)
+        block, slot = divmod(g - start, SLOTS)
+        s = int(pattern[slot])
+        epoch, j = divmod(int(earlier[s] + block * before[-1, s] + before[slot, s]), self.n_rows[s])
+        name = int.from_bytes(self.sources[s].name.encode(), "big")     # hash() would differ from process to process
+        return s, permute(j, self.n_rows[s], (self.seed, name, epoch)), epoch
+
+    def describe(self, g):
+        s, row, epoch = self.locate(g)
+        return f"{self.sources[s].name} row {row} (epoch {epoch})"
+
+    def rows(self, start, n):
+        """Rows start .. start + n of the run -> (n, seq_len + 1) int64."""
+        out, T = np.empty((n, self.seq_len + 1), np.int64), self.seq_len
+        for k in range(n):
+            s, row, _ = self.locate(start + k)
+            out[k] = self.sources[s].train[row * T:row * T + T + 1]
+        return out
+
+    def batch(self, consumed, n, dp_rank=0, dp_size=1):
+        """Rank dp_rank's part of rows consumed .. consumed + n: to_batch of (n / dp_size, seq_len + 1)."""
+        if n % dp_size:
+            raise ValueError(f"a batch of {n} rows on {dp_size} ranks: expected a multiple of {dp_size}")
+        return to_batch(self.rows(consumed + dp_rank * (n // dp_size), n // dp_size), self.sources[0].meta["eos"])
+
+
+def val_batches(source, seq_len, batch_size, limit=0):
+    """Batches of all rows of a source's validation tokens in file order, or of `limit` rows spread evenly over them."""
+    n = count_rows(source.name + ".val", source.val, seq_len)
+    picked = [k * n // limit for k in range(limit)] if 0 < limit < n else range(n)
+    for at in range(0, len(picked), batch_size):
+        rows = [source.val[k * seq_len:(k + 1) * seq_len + 1] for k in picked[at:at + batch_size]]
+        yield to_batch(np.stack(rows).astype(np.int64), source.val_meta["eos"])
+
+
+def prefetch(loader, consumed, n, steps, dp_rank=0, dp_size=1, depth=2):
+    """The batches of `steps` steps from row `consumed` on, made up to `depth` ahead in one thread, which ends when the
+    generator ends or is closed. What goes wrong in the thread is raised here."""
+    starts = iter(range(consumed, consumed + steps * n, n))
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        make = lambda start: thread.submit(loader.batch, start, n, dp_rank, dp_size)
+        ahead = deque(map(make, itertools.islice(starts, depth)))
+        while ahead:
+            batch = ahead.popleft().result()
+            ahead.extend(map(make, itertools.islice(starts, 1)))
+            yield batch
+
+
+# --- python data.py --------------------------------------------------------------------------------------------------
+
+def show_sources(sources, loader, plan_rows):
+    """Print the tables of sources and stages; returns {source: its numbers}."""
+    metrics = {}
+    print(f"{'source':12}{'documents':>10}{'duplicates':>11}{'empty':>6}{'bytes':>14}{'tokens':>14}{'tokens/byte':>12}"
+          f"{'val tokens':>12}{'overlap':>8}{'epochs':>7}")
+    for s, rows, taken in zip(sources, loader.n_rows, loader.drawn(plan_rows)):
+        m, v = s.meta, s.val_meta
+        documents = m["documents"] + v["documents"] * (m["split"] == "document")    # tail: both hold parts of the same
+        metrics[s.name] = row = dict(
+            documents=documents, duplicates=v["duplicates"], empty=v["empty"], bytes=m["bytes"], tokens=m["tokens"],
+            tokens_per_byte=m["tokens"] / m["bytes"], val_tokens=v["tokens"], overlap=v["overlap"], epochs=taken / rows)
+        print("{:12}{:10,}{:11,}{:6,}{:14,}{:14,}{:12.3f}{:12,}{:8.1%}{:7.2f}".format(s.name, *row.values()))
+    for name, row in metrics.items():
+        if row["epochs"] > 5:
+            print(f"warning: {row['epochs']:.1f} epochs of {name}; beyond 5 a source is worth less and less (playbook)")
+    print("\nmixture: weight asked for -> share of rows")
+    for (end, weights), (_, _, before, _) in zip(loader.mixture, loader.stages):
+        shares = [f"{name} {w:.4f} -> {n / SLOTS:.3f}" for (name, w), n in zip(weights.items(), before[-1])]
+        print(f"  up to {end:4.0%} of the run: " + ", ".join(shares))
+    return metrics
+
+
+def show_row(loader, tokenizer):
+    """Print the first row that holds several documents, a bar at each boundary."""
+    g = next((g for g in range(200) if loader.batch(g, 1)[2].any()), 0)
+    ids, _, doc_ids = (x[0].numpy() for x in loader.batch(g, 1))
+    bar = "\x1b[31m│\x1b[0m" if sys.stdout.isatty() else "│"
+    print(f"\nrow {g} of the run, {loader.describe(g)}; attention does not cross {bar}\n")
+    print(bar.join(tokenizer.decode(ids[doc_ids == d]) for d in range(doc_ids.max() + 1)))
+
+
+def main(cfg):
+    """Prepare and show. Returns {source: documents, tokens, val_tokens, overlap, epochs, ...}."""
+    try:
+        tokenizer, plan_rows = get_tokenizer(cfg.tokenizer), cfg.plan_tokens // cfg.seq_len
+        sources = prepare(cfg.text, cfg.jsonl, cfg.hf, cfg.hf_docs, cfg.tokenizer, cfg.val_fraction, cfg.out)
+        loader = Loader(sources, cfg.mixture, cfg.seq_len, plan_rows, cfg.seed)
+        for x in [x for s in sources for x in (s.train, s.val) if cfg.verify]:
+            open_bin(x.filename, verify=True)
+            print(f"{x.filename}: sha256 as recorded")
+    except (ValueError, OSError) as error:
+        raise SystemExit(f"data.py: {error}") from None
+    print(f"\n{cfg.tokenizer}: {tokenizer.vocab_size} ids. Run: {cfg.plan_tokens:,} tokens in rows of {cfg.seq_len}.\n")
+    metrics = show_sources(sources, loader, plan_rows)
+    show_row(loader, tokenizer)
+    return metrics
+
+
+if __name__ == "__main__":
+    main(infra.cli(Config))

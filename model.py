@@ -1,0 +1,528 @@
+"""The network: a Llama-style decoder with SmolLM3's choices, its arithmetic, its weights on disk, and how it writes text.
+
+    python model.py                                   table of presets: parameters, KV cache, FLOPs, training memory
+    python model.py out/base --prompt="def main("     stream text from a checkpoint
+    python model.py small --bench [--compile]         decoding speed on random weights, one JSON line
+
+SmolLM3 (playbook, "Architecture choices") is Llama with four changes, each one line or two below:
+  GQA    4 key/value heads serve 16 query heads: as good as full attention, a quarter of the KV cache
+  NoPE   every 4th layer has no positional encoding (no_rope_layer_interval): helps long context, costs nothing at short
+  docs   attention never crosses documents that share a row (doc_ids): neutral at 4k tokens, pays at 64k
+  ties   one matrix is both embedding and head (tie_word_embeddings): 17 % of a 1B model saved at equal loss
+Names are Hugging Face's, so that exporting is renaming. Shapes in comments: B rows, T tokens, S cached tokens,
+H query heads, KV key/value heads, D head_dim, V vocabulary.
+"""
+import codecs, copy, dataclasses, json, math, sys, time
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from infra import atomic, cli, peak_memory, setup
+
+
+# --- shape -----------------------------------------------------------------------------------------------------------
+
+@dataclass
+class Config:
+    vocab_size: int = 320                  # rows of the embedding; a multiple of 64
+    hidden_size: int = 128                 # width of the residual stream
+    intermediate_size: int = 512           # width of the SwiGLU MLP
+    num_hidden_layers: int = 4             # blocks
+    num_attention_heads: int = 4           # query heads
+    num_key_value_heads: int = 2           # key/value heads: = query heads is MHA, 1 is MQA, between is GQA
+    head_dim: int = 0                      # 0: hidden_size / num_attention_heads
+    max_position_embeddings: int = 256     # tokens in a training row
+    rope_theta: float = 50_000.0           # base of the rotary angles
+    no_rope_layer_interval: int = 4        # every n-th layer has no RoPE (NoPE); 0: RoPE everywhere
+    sliding_window: int = 0                # RoPE layers see only that many tokens, NoPE layers all; 0: off
+    rms_norm_eps: float = 1e-6             # inside the square root of RMSNorm
+    tie_word_embeddings: bool = True       # the head is the embedding matrix
+    qk_norm: bool = False                  # RMSNorm on queries and keys, a remedy for growing attention logits
+    initializer_range: float = 0.02        # std of all matrices at the start
+
+    def __post_init__(self):
+        H, KV = self.num_attention_heads, self.num_key_value_heads
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                     "max_position_embeddings"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name}={getattr(self, name)}: at least 1 expected")
+        if H % KV:
+            raise ValueError(f"num_key_value_heads={KV}: a divisor of num_attention_heads={H} expected")
+        if not self.head_dim and self.hidden_size % H:
+            raise ValueError(f"hidden_size={self.hidden_size}: a multiple of num_attention_heads={H} expected, or set head_dim")
+        if self.head_size % 2:
+            raise ValueError(f"head_dim={self.head_size}: an even number expected: RoPE rotates pairs")
+
+    @property
+    def head_size(self):
+        return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    def uses_rope(self, layer):
+        """Layers are counted from 0; with interval 4 the NoPE layers are 3, 7, 11, ..."""
+        return not self.no_rope_layer_interval or (layer + 1) % self.no_rope_layer_interval != 0
+
+
+def _shape(hidden, ffn, layers, heads, kv, vocab, context, theta, nope=0):
+    return dict(hidden_size=hidden, intermediate_size=ffn, num_hidden_layers=layers, num_attention_heads=heads,
+                num_key_value_heads=kv, vocab_size=vocab, max_position_embeddings=context, rope_theta=theta,
+                no_rope_layer_interval=nope)
+
+
+PRESETS = {
+    "nano": {},                                                                # the default: 1M, minutes on a laptop
+    "small": _shape(256, 768, 6, 4, 2, 320, 256, 50_000.0, 4),                 # 4.8M, the shape of our speed figures
+    "smol-135m": _shape(576, 1536, 30, 9, 3, 49152, 2048, 100_000.0),          # SmolLM2-135M
+    "smol-360m": _shape(960, 2560, 32, 15, 5, 49152, 2048, 100_000.0),         # SmolLM2-360M
+    "smol-1.7b": _shape(2048, 8192, 24, 32, 32, 49152, 2048, 130_000.0),       # SmolLM2-1.7B
+    "ablation-1b": _shape(2048, 8192, 16, 32, 8, 128256, 4096, 50_000.0),      # the playbook's baseline: Llama-3.2-1B
+    "smollm3-3b": _shape(2048, 11008, 36, 16, 4, 128256, 4096, 50_000.0, 4),
+}
+
+
+# --- network ---------------------------------------------------------------------------------------------------------
+
+class Linear(nn.Linear):
+    """No bias. The master weight stays float32 for the optimizer and is cast to the activations' dtype on use."""
+
+    def __init__(self, inputs, outputs):
+        super().__init__(inputs, outputs, bias=False)
+
+    def forward(self, x):
+        return F.linear(x, self.weight.to(x.dtype))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size, eps):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x):
+        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+
+
+def rotate(x, cos, sin):
+    """RoPE (arXiv 2104.09864) on x (B, T, heads, D). Half-rotation: dimension i pairs with i + D/2, as Hugging Face does."""
+    a, b = x.chunk(2, dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1)
+
+
+def attend(q, k, v, mask):
+    """softmax(q kᵀ / √D) v. q (B, H, T, D); k, v (B, KV, S, D) -> (B, H, T, D). `mask` says how:
+
+    None: plain causal. Bool (B or 1, 1, T, S), True = visible: torch's SDPA. Float, from `written_out`: by hand.
+    """
+    B, H, T, D = q.shape
+    KV = k.shape[1]
+    if mask is not None and mask.is_floating_point():
+        # By hand, the query heads of a group stacked along T. On CPUs SDPA's backward is so slow that it hides all
+        # that bf16 gains: 32 rows of 64, 4 heads, forward + backward: 11.9 ms against 1.7 ms here.
+        q, k, v = q.reshape(B * KV, -1, D), k.reshape(B * KV, -1, D), v.reshape(B * KV, -1, D)
+        p = torch.baddbmm(mask, q, k.transpose(1, 2), alpha=D**-0.5).softmax(dim=-1)  # (B KV, H/KV T, S)
+        return torch.bmm(p, v).view(B, H, T, D)
+    if mask is not None and q.is_cuda and KV != H:  # the kernel that takes masks has no notion of grouped heads
+        k, v = k.repeat_interleave(H // KV, dim=1), v.repeat_interleave(H // KV, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None and T > 1,
+                                          enable_gqa=k.shape[1] != H)
+
+
+def visible(T, device, doc_ids=None, window=0):
+    """Who may look at whom: bool (B or 1, T, T): not the future, not other documents, not beyond the window."""
+    i = torch.arange(T, device=device)
+    keep = i[:, None] >= i
+    if window:
+        keep = keep & (i[:, None] - i < window)
+    return keep[None] if doc_ids is None else keep & (doc_ids[:, :, None] == doc_ids[:, None, :])
+
+
+def written_out(keep, config, dtype):
+    """Bool (B or 1, T, T) -> 0 / -inf in the layout of attend's matmuls, made once per step and shared by all layers."""
+    KV, group = config.num_key_value_heads, config.num_attention_heads // config.num_key_value_heads
+    B, T, S = keep.shape
+    bias = torch.zeros(keep.shape, dtype=dtype, device=keep.device).masked_fill_(~keep, -math.inf)
+    if B == 1:
+        return bias.repeat(1, group, 1)
+    return bias[:, None].expand(B, KV * group, T, S).reshape(B * KV, group * T, S)
+
+
+class Attention(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        d, D = config.hidden_size, config.head_size
+        self.head_dim, self.use_rope = D, config.uses_rope(layer)
+        self.q_proj = Linear(d, config.num_attention_heads * D)
+        self.k_proj = Linear(d, config.num_key_value_heads * D)
+        self.v_proj = Linear(d, config.num_key_value_heads * D)
+        self.o_proj = Linear(config.num_attention_heads * D, d)
+        self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(self, x, rope, masks, cache=None):
+        """x (B, T, d). cache: (keys, values), each (B, KV, S, D), whose last T places this call fills."""
+        B, T, _ = x.shape
+        q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, H, D)
+        k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, KV, D)
+        v = self.v_proj(x).view(B, T, -1, self.head_dim)
+        if self.use_rope:
+            q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)  # (B, heads, T, D)
+        if cache is not None:
+            keys, values = cache
+            keys[:, :, -T:], values[:, :, -T:] = k, v
+            k, v = keys, values
+        y = attend(q, k, v, masks[0] if self.use_rope else masks[1])
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202)."""
+
+    def __init__(self, config):
+        super().__init__()
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, x):
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Block(nn.Module):
+    def __init__(self, config, layer):
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp = MLP(config)
+
+    def forward(self, x, rope, masks, cache=None):
+        x = x + self.self_attn(self.input_layernorm(x), rope, masks, cache)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Transformer(nn.Module):
+    """compute_dtype is the activations' dtype, float32 unless the caller sets it; parameters are float32, logits too."""
+
+    compute_dtype = torch.float32
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
+        for p in self.parameters():  # one plain normal for all matrices: OLMo 2 found it steadier than scaled schemes
+            if p.dim() == 2:
+                nn.init.normal_(p, std=config.initializer_range)
+
+    def forward(self, ids, doc_ids=None, targets=None):
+        """ids (B, T) -> logits (B, T, V), float32.
+
+        doc_ids (B, T), any integers: tokens see only their own document (rows hold several, packed end to end).
+        targets (B, T), -100 = not counted: instead of logits return two sums over the counted tokens, (nll, z):
+        -log p(target) in nats, and logsumexp², the z-loss (PaLM, arXiv 2204.02311) that keeps logits from drifting.
+        Sums, not means: only the caller knows how many tokens the whole step has.
+        """
+        x = self.embed_tokens(ids).to(self.compute_dtype)
+        rope, masks = self.rope(torch.arange(ids.shape[1], device=ids.device)), self.masks(x, doc_ids)
+        for layer in self.layers:
+            x = layer(x, rope, masks)
+        return self.logits(x) if targets is None else self.loss_sums(x, targets)
+
+    def rope(self, positions):
+        """positions (T,) or (B, T) -> cos, sin (.., 1, D/2). Angles need float32: position 60,000 in bf16 has 8 bits."""
+        half = self.config.head_size // 2
+        inverse = self.config.rope_theta ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
+        angle = positions[..., None, None].float() * inverse
+        return angle.cos().to(self.compute_dtype), angle.sin().to(self.compute_dtype)
+
+    def masks(self, x, doc_ids):
+        """(mask of RoPE layers, mask of NoPE layers) in the form that `attend` runs fastest on this device."""
+        T, window = x.shape[1], self.config.sliding_window
+        by_hand = x.device.type == "cpu" and torch.is_grad_enabled() and T <= 1024  # beyond, the T x T scores fill the RAM
+        if by_hand or doc_ids is not None or (window and window < T):
+            keep = visible(T, x.device, doc_ids)
+            near = keep & visible(T, x.device, window=window) if window and window < T else keep
+            form = (lambda m: written_out(m, self.config, x.dtype)) if by_hand else (lambda m: m[:, None])
+            everything = form(keep)
+            return (everything if near is keep else form(near)), everything
+        return None, None
+
+    def logits(self, x):
+        weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
+        return F.linear(self.norm(x), weight.to(x.dtype)).float()
+
+    def loss_sums(self, x, targets):
+        counted = targets != -100
+        logits = self.logits(x)
+        lse = logits.logsumexp(dim=-1)
+        nll = lse - logits.gather(-1, targets.clamp(min=0)[..., None])[..., 0]
+        return nll.masked_fill(~counted, 0).sum(), lse.square().masked_fill(~counted, 0).sum()
+
+    def step(self, ids, cache, positions, mask):
+        """Next-token logits (B, V) after ids (B, T), whose keys and values fill the last T places of the cache.
+
+        cache (L, 2, B, KV, S, D); positions (B, T); mask bool (B, 1, T, S) or None.
+        """
+        x, rope = self.embed_tokens(ids).to(self.compute_dtype), self.rope(positions)
+        window, S = self.config.sliding_window, cache.shape[4]
+        near = mask
+        if window and window < S:
+            column = torch.arange(S, device=ids.device)
+            near = (column[-ids.shape[1]:, None] - column < window)[None, None]
+            near = near if mask is None else near & mask
+        for layer, kv in zip(self.layers, cache):
+            x = layer(x, rope, (near, mask), (kv[0], kv[1]))
+        return self.logits(x[:, -1])
+
+
+# --- arithmetic ------------------------------------------------------------------------------------------------------
+
+def num_params(c):
+    """Parameters, tied matrices once."""
+    q, kv = c.num_attention_heads * c.head_size, c.num_key_value_heads * c.head_size
+    layer = 2 * c.hidden_size * (q + kv) + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
+    layer += 2 * c.head_size * c.qk_norm
+    return c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2) + c.num_hidden_layers * layer + c.hidden_size
+
+
+def flops_per_token(c, seq_len):
+    """Training FLOPs per token: 6 per matmul parameter, plus attention 12·L·H·D·T (PaLM, appendix B; not halved for causality)."""
+    looked_up = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size  # an untied embedding multiplies nothing
+    return 6 * (num_params(c) - looked_up) + 12 * c.num_hidden_layers * c.num_attention_heads * c.head_size * seq_len
+
+
+def kv_bytes_per_token(c, bytes_per_element=2):
+    """Playbook, "Attention": 2 (keys and values) · L · KV · D elements."""
+    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_size * bytes_per_element
+
+
+def training_bytes(c, tokens):
+    """Memory for one step on `tokens` tokens without recomputation: fp32 weights, gradients and two Adam moments
+    (16 B per parameter), bf16 activations that the backward pass needs, and the logits. An estimate, not a promise."""
+    q, kv = c.num_attention_heads * c.head_size, c.num_key_value_heads * c.head_size
+    activations = c.num_hidden_layers * 2 * (4 * c.hidden_size + 2 * q + 2 * kv + 4 * c.intermediate_size)
+    return 16 * num_params(c) + tokens * (activations + 10 * c.vocab_size)
+
+
+# --- generation ------------------------------------------------------------------------------------------------------
+
+def inference_copy(model):
+    """The model with its weights in compute_dtype, so that decoding does not cast them anew at every token."""
+    if all(p.dtype == model.compute_dtype for p in model.parameters()):
+        return model
+    return copy.deepcopy(model).to(model.compute_dtype)
+
+
+def sample(logits, u, temperature, top_k, top_p):
+    """logits (B, V) float32, u (B,) uniform in [0, 1) -> ids (B,), their log-probs (B,).
+
+    The log-prob is that of the full softmax at this temperature (at 1 when greedy): what a policy loss recomputes.
+    """
+    logp = (logits / temperature if temperature > 0 else logits).log_softmax(dim=-1)
+    if temperature == 0:
+        ids = logp.argmax(dim=-1, keepdim=True)
+    else:
+        p = logp.exp()
+        if top_k:
+            p = p.masked_fill(p < p.topk(min(top_k, p.shape[-1])).values[:, -1:], 0)
+        if top_p < 1:  # the smallest set of likeliest tokens that holds top_p: drop what comes after it is full
+            ordered, order = p.sort(dim=-1, descending=True)
+            tail = ordered.cumsum(dim=-1) - ordered >= top_p * ordered.sum(dim=-1, keepdim=True)
+            p = p.masked_fill(tail.scatter(-1, order, tail), 0)
+        cdf = p.cumsum(dim=-1)
+        ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
+    return ids[:, 0], logp.gather(-1, ids)[:, 0]
+
+
+@torch.no_grad()
+def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0, compile=False):
+    """Yield (ids (B,), logprobs (B,)) for each new token. Arguments as in `generate`.
+
+    Prompts of unequal length are aligned at their last token. Padding on the left is a document of its own, so nothing
+    sees it, and each row counts its positions from its own first token: a row gets what it would get alone.
+    """
+    B, device, c = len(prompts), model.embed_tokens.weight.device, model.config
+    longest = max(map(len, prompts))
+    for i, p in enumerate(prompts):
+        if not p or min(p) < 0 or max(p) >= c.vocab_size:
+            raise ValueError(f"prompt {i}: at least one token, all in 0..{c.vocab_size - 1} expected")
+    seeds = [seed] * B if isinstance(seed, int) else seed
+    u = np.stack([np.random.default_rng([s, i if isinstance(seed, int) else 0]).random(max_new_tokens, np.float32)
+                  for i, s in enumerate(seeds)])  # (B, new): a row's luck depends on its own seed alone
+    u = torch.from_numpy(u).to(device)
+    pad = torch.tensor([longest - len(p) for p in prompts], device=device)
+    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    model = inference_copy(model)
+    step = torch.compile(model.step) if compile else model.step
+    cache = torch.zeros(c.num_hidden_layers, 2, B, c.num_key_value_heads, longest + max_new_tokens, c.head_size,
+                        dtype=model.compute_dtype, device=device)
+    column = torch.arange(longest + max_new_tokens, device=device)
+    real = (column >= pad[:, None])[:, None, None] if pad.any() else None  # (B, 1, 1, S)
+    docs = (column[:longest] >= pad[:, None]).long()
+    for n in range(max_new_tokens):
+        S = longest + n
+        first = n == 0
+        positions = ((column[:S] if first else column[S - 1 : S]) - pad[:, None]).clamp(min=0)
+        mask = visible(S, device, docs)[:, None] if first else None if real is None else real[..., :S]
+        logits = (model.step if first else step)(ids, cache[..., :S, :], positions, mask)
+        new, logp = sample(logits, u[:, n], temperature, top_k, top_p)
+        yield new, logp
+        ids = new[:, None]
+
+
+def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), seed=0, compile=False):
+    """Continue each prompt with a KV cache -> list of (ids, logprobs), two lists per prompt.
+
+    prompts: lists of token ids, lengths may differ. temperature 0 is greedy. ids end with the first of stop_ids, which
+    belongs to the completion: a policy that never trains its stop token cannot learn to be brief.
+    seed: one int, or one per prompt; a row's samples depend only on its own seed and place, not on its neighbours.
+    """
+    rows, running = [([], []) for _ in prompts], set(range(len(prompts)))
+    stop = set(stop_ids)
+    if prompts and max_new_tokens > 0:
+        for new, logp in stream(model, prompts, max_new_tokens, temperature, top_k, top_p, seed, compile):
+            new, logp = new.tolist(), logp.tolist()
+            for i in list(running):
+                rows[i][0].append(new[i])
+                rows[i][1].append(logp[i])
+                if new[i] in stop:
+                    running.remove(i)
+            if not running:
+                break
+    return rows
+
+
+# --- checkpoints -----------------------------------------------------------------------------------------------------
+
+def checkpoints(directory):
+    """Checkpoint files in a run directory, newest first."""
+    return sorted(Path(directory).glob("ckpt_*.pt"), reverse=True)
+
+
+def save_checkpoint(directory, model, step=0, consumed_samples=0, stage="base", tokenizer="bytes", optimizer=None,
+                    train_config=None, monitor=None, keep=2):
+    """Write ckpt_<step>.pt (atomically) and then delete all but the newest `keep`.
+
+    A dict of tensors and plain types: full float32 weights, so that any later stage, layout or program can read it.
+    optimizer: {parameter name: {state name: tensor}}; monitor: what the training loop remembers besides (plain types).
+    Two are kept, for the newest may turn out to be unreadable.
+    """
+    state = dict(model={k: v.detach().to("cpu", torch.float32) for k, v in model.state_dict().items()},
+                 model_config=dataclasses.asdict(model.config), tokenizer=tokenizer, optimizer=optimizer or {}, step=step,
+                 consumed_samples=consumed_samples, stage=stage, train_config=train_config or {}, monitor=monitor or {})
+    path = Path(directory) / f"ckpt_{step:08d}.pt"
+    with atomic(path) as f:
+        torch.save(state, f)
+    for old in checkpoints(directory)[keep:]:
+        old.unlink()
+    return path
+
+
+def load_checkpoint(directory, device="cpu"):
+    """Newest readable checkpoint in a run directory (or one .pt file) -> (model, everything else in the file)."""
+    files = [Path(directory)] if Path(directory).is_file() else checkpoints(directory)
+    if not files:
+        raise SystemExit(f"{directory}: no checkpoint (ckpt_*.pt) here: a directory written by train.py expected")
+    for path in files:
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            break
+        except Exception as e:  # a truncated file raises half a dozen types
+            print(f"WARNING: {path} is unreadable ({str(e).splitlines()[0][:80]}): falling back to the one before", file=sys.stderr)
+    else:
+        raise SystemExit(f"{directory}: none of the {len(files)} checkpoints is readable")
+    weights = state.pop("model")
+    with torch.device("meta"):  # no time spent on initialising what is overwritten, and no random numbers drawn
+        model = Transformer(Config(**state["model_config"]))
+    model.to_empty(device=device).load_state_dict(weights)
+    return model, state
+
+
+# --- command line ----------------------------------------------------------------------------------------------------
+
+@dataclass
+class Options(Config):
+    init: str = ""               # run directory, e.g. out/base
+    prompt: str = ""             # text to continue
+    max_new_tokens: int = 256    # length of the continuation
+    temperature: float = 0.8     # 0: greedy
+    top_k: int = 0               # sample among the k likeliest; 0: all
+    top_p: float = 1.0           # sample among the likeliest that hold this probability
+    seed: int = 0                # same seed, same text
+    device: str = "auto"         # auto, cpu, cuda, mps
+    dtype: str = "auto"          # auto, float32, bfloat16
+    compile: bool = False        # compile the decoding step (half a minute once)
+    bench: bool = False          # measure decoding on random weights
+    batch: int = 32              # --bench: rows
+    prompt_tokens: int = 32      # --bench: tokens in each prompt
+
+
+def shape_of(cfg):
+    """The model.Config inside a script's Config, which inherits its fields."""
+    return Config(**{f.name: getattr(cfg, f.name) for f in dataclasses.fields(Config)})
+
+
+def table():
+    """Presets and what they cost."""
+    lines = [f"{'preset':12} {'parameters':>14} {'KV bytes/token':>15} {'train FLOPs/token':>18} {'training memory':>16}"]
+    for name, shape in PRESETS.items():
+        c = Config(**shape)
+        T = c.max_position_embeddings
+        lines.append(f"{name:12} {num_params(c):14,} {kv_bytes_per_token(c):15,} {flops_per_token(c, T):18.3g} "
+                     f"{training_bytes(c, T) / 2**30:12.2f} GiB")
+    return "\n".join(lines + ["KV cache in bf16; FLOPs 6N + 12LHDT at the preset's row length; memory for AdamW and one such row."])
+
+
+def bench(cfg):
+    """Decoding speed: full sampling, every row runs to the end."""
+    rt = setup(cfg)
+    model = Transformer(shape_of(cfg)).to(rt.device)
+    model.compute_dtype = rt.dtype
+    ids = np.random.default_rng(cfg.seed).integers(0, min(256, cfg.vocab_size), (cfg.batch, cfg.prompt_tokens)).tolist()
+    seconds = []
+    for _ in range(6):
+        start = time.perf_counter()
+        generate(model, ids, cfg.max_new_tokens, seed=cfg.seed, compile=cfg.compile)
+        seconds.append(time.perf_counter() - start)
+    speed = sorted(cfg.batch * cfg.max_new_tokens / s for s in seconds[1:])  # the first run warms up or compiles
+    flops = 2 * num_params(model.config)
+    return dict(bench="decode", tok_per_s=round(speed[2]), spread=[round(speed[0]), round(speed[-1])],
+                seconds_per_step=round(cfg.batch / speed[2], 6), mfu=rt.peak and round(speed[2] * flops / rt.peak, 4),
+                mfu_convention="2N FLOPs per new token / published dense bf16 peak; null: no published peak",
+                peak_memory_bytes=peak_memory(rt.device), batch=cfg.batch, prompt_tokens=cfg.prompt_tokens,
+                max_new_tokens=cfg.max_new_tokens, compile=cfg.compile, dtype=str(rt.dtype)[6:], params=num_params(model.config),
+                machine=rt.name, torch=torch.__version__)
+
+
+def main(cfg):
+    if cfg.bench:
+        result = bench(cfg)
+        print(json.dumps(result))
+        return result
+    if not cfg.init:
+        print(table())
+        return {}
+    from data import get_tokenizer  # the one look to the right: text needs a tokenizer, and only this command needs text
+    rt = setup(cfg)
+    model, extra = load_checkpoint(cfg.init, rt.device)
+    model.compute_dtype = rt.dtype
+    tokenizer = get_tokenizer(extra["tokenizer"])
+    text, utf8 = [], codecs.getincrementaldecoder("utf-8")("replace")
+    print(cfg.prompt, end="", flush=True)
+    prompt = tokenizer.encode(cfg.prompt) or [tokenizer.eos]  # EOS is what stands before a document's first token
+    for new, _ in stream(model, [prompt], cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed, cfg.compile):
+        if int(new) == tokenizer.eos:
+            break
+        text.append(utf8.decode(tokenizer.decode_bytes([int(new)])))
+        print(text[-1], end="", flush=True)
+    print()
+    return {"text": "".join(text)}
+
+
+if __name__ == "__main__":
+    main(cli(Options, PRESETS))
