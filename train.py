@@ -65,7 +65,8 @@ PRESETS["small"] |= dict(lr=2e-3)
 for _name, _lr in {"smol-135m": 2e-3, "smol-360m": 1e-3, "smol-1.7b": 5e-4, "ablation-1b": 5e-4, "smollm3-3b": 2e-4}.items():
     PRESETS[_name] |= dict(optimizer="adamw", lr=_lr, batch_tokens=2**19, micro_batch=4, decay=0.1, compile=True, steps=20_000)
 # Time to quality against nanoGPT's CPU recipe (README, "Measured"): rows of 64, whole-file validation.
-PRESETS["shakespeare"] = dict(max_position_embeddings=64, steps=360, batch_tokens=12 * 64, lr=1e-2, decay=0.5, val_fraction=0.1)
+PRESETS["shakespeare"] = dict(max_position_embeddings=64, hidden_size=256, intermediate_size=768, num_hidden_layers=2, rope_theta=1000.0,
+                              no_rope_layer_interval=0, steps=120, batch_tokens=2048, lr=7e-3, decay=0.5, val_fraction=0.1)
 
 
 # --- optimizers and schedule -----------------------------------------------------------------------------------------
@@ -83,8 +84,49 @@ def lr_at(step, cfg):
     return cfg.lr * min(1, (cfg.steps - step) / max(1, round(cfg.decay * cfg.steps)))
 
 
+class Muon(torch.optim.Optimizer):
+    """Muon (arXiv 2502.16982): replace a matrix's momentum by the nearest orthogonal matrix, so that all directions learn.
+
+    The same numbers as torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), which loops over matrices; here equal shapes
+    go through Newton-Schulz together: 28 small matrices on 2 CPU cores, 22.7 -> MEASURED ms a step.
+    """
+
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
+        super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+
+    @torch.no_grad()
+    def step(self):
+        for group in self.param_groups:
+            lr, beta, same = group["lr"], group["momentum"], {}
+            params = [p for p in group["params"] if p.grad is not None]
+            for p in params:
+                same.setdefault(tuple(sorted(p.shape)), []).append(p)
+                if not self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            for (short, long), members in same.items():
+                for i in range(0, len(members), n := max(1, 2**26 // (short * long))):  # bounds the stack's memory
+                    grads = [p.grad for p in members[i : i + n]]
+                    momenta = [self.state[p]["momentum_buffer"] for p in members[i : i + n]]
+                    torch._foreach_lerp_(momenta, grads, 1 - beta)
+                    updates = torch._foreach_lerp(grads, momenta, beta)  # Nesterov
+                    flat = orthogonalize(torch.stack([u if u.shape[0] == short else u.T for u in updates]))
+                    torch._foreach_mul_(members[i : i + n], 1 - lr * group["weight_decay"])
+                    for p, u in zip(members[i : i + n], flat):
+                        p.add_(u if p.shape[0] == short else u.T, alpha=-lr * 0.2 * math.sqrt(long))
+
+
+def orthogonalize(x, steps=5):
+    """x (n, short, long) -> about U Vᵀ of each, singular values near 1: Newton-Schulz, a quintic polynomial in bf16."""
+    x = x.bfloat16()
+    x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
+    for _ in range(steps):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=-4.775, alpha=2.0315), x, beta=3.4445)
+    return x
+
+
 def make_optimizers(model, cfg):
-    """AdamW for embeddings, head and norms; hidden matrices go to Muon (arXiv 2502.16982) or AdamW.
+    """AdamW for embeddings, head and norms; hidden matrices go to Muon or AdamW, by cfg.optimizer.
 
     No weight decay on embeddings and norms (OLMo 2, SmolLM3): decayed embeddings shrink, and early gradients grow.
     """
@@ -92,13 +134,11 @@ def make_optimizers(model, cfg):
     hidden = [p for n, p in named if p.dim() == 2 and "embed_tokens" not in n and "lm_head" not in n]
     head = [p for n, p in named if "lm_head" in n]
     rest = [p for n, p in named if p.dim() < 2 or "embed_tokens" in n]
-    decayed, optimizers = head, []
-    if cfg.optimizer == "muon":
-        optimizers.append(torch.optim.Muon(hidden, lr=cfg.lr, weight_decay=cfg.weight_decay, adjust_lr_fn="match_rms_adamw"))
-    else:
-        decayed = hidden + head
+    muon = cfg.optimizer == "muon"
+    decayed = head if muon else hidden + head
     groups = [dict(params=rest, weight_decay=0.0)] + [dict(params=decayed, weight_decay=cfg.weight_decay)] * bool(decayed)
-    return optimizers + [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)]
+    adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
+    return [Muon(hidden, cfg.lr, cfg.weight_decay), adamw] if muon else [adamw]
 
 
 def optimizer_state(model, optimizers):
@@ -229,6 +269,7 @@ def build(cfg, rt, tokenizer, start_from):
     if cfg.compile:
         for layer in model.layers:  # one block compiled is all blocks compiled, and parameter names stay as they are
             layer.compile()
+        model.loss_sums = torch.compile(model.loss_sums)
     return model, extra
 
 

@@ -1,5 +1,5 @@
 """data.py: every file format, the split, the shuffle, the mixture and the loader, against independent oracles."""
-import itertools, json, threading, time, tracemalloc
+import itertools, json, re, threading, time, tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -63,11 +63,13 @@ def test_byte_tokenizer_ids_are_as_documented():
 def test_tiktoken_wrapper_adds_the_chat_tokens_and_pads():
     tiktoken = pytest.importorskip("tiktoken")
     ranks = {bytes([i]): i for i in range(256)} | {b"th": 256, b"the": 257}
-    encoding = tiktoken.Encoding("tiny", pat_str=r"\w+|\W+", mergeable_ranks=ranks, special_tokens={"<|endoftext|>": 258})
+    encoding = tiktoken.Encoding("tiny", pat_str=r"\w+|\W+", mergeable_ranks=ranks,
+                                 special_tokens={"<|endoftext|>": 258})
     tok = data.wrap_tiktoken(encoding, "tiny")
     assert tok.encode("the") == [257] and tok.eos == 258 and tok.vocab_size == 320
     assert tok.special["<|im_start|>"] >= 259 and len(set(tok.special.values())) == len(data.SPECIALS)
-    assert tok.decode(tok.encode("the <|endoftext|> 漢")) == "the <|endoftext|> 漢" and tok.eos not in tok.encode("<|endoftext|>")
+    assert tok.decode(tok.encode("the <|endoftext|> 漢")) == "the <|endoftext|> 漢"
+    assert tok.eos not in tok.encode("<|endoftext|>")
     assert tok.decode([257, tok.eos, tok.special["<think>"], 319]) == "the<|endoftext|><think>\ufffd"
     assert tok.decode(tok.encode(b"a\xffb")) == "a\ufffdb"
 
@@ -103,7 +105,8 @@ def test_token_file_holds_the_documents_and_the_sidecar_counts_them(token_file):
 def test_large_vocabulary_is_written_as_uint32(tmp_path):
     big = data.Tokenizer("big", lambda t: np.array([70000, 3]), {}, {}, 100_000)
     data.write_bin(tmp_path / "x.bin", ["?"], big, "x", {})
-    assert data.open_bin(tmp_path / "x.bin").tolist() == [70000, 3, 100_000] and data.open_bin(tmp_path / "x.bin").dtype == np.uint32
+    tokens = data.open_bin(tmp_path / "x.bin")
+    assert tokens.tolist() == [70000, 3, 100_000] and tokens.dtype == np.uint32
 
 
 @pytest.mark.parametrize("changes, kwargs, message", [
@@ -119,7 +122,7 @@ def test_open_bin_says_what_is_wrong(token_file, changes, kwargs, message):
     edit_sidecar(token_file, **changes)
     with pytest.raises(ValueError, match=message) as error:
         data.open_bin(token_file, **kwargs)
-    assert "\n" not in str(error.value) and str(token_file.with_suffix(""))in str(error.value)
+    assert "\n" not in str(error.value) and str(token_file.with_suffix("")) in str(error.value)
 
 
 def test_truncated_missing_and_empty_token_files_are_errors(token_file, tmp_path):
@@ -152,20 +155,22 @@ def test_embedded_corpora_are_deterministic_and_keep_held_out_sums_away(tmp_path
     first, again = (list(itertools.islice(data.math_documents(), 300)) for _ in range(2))
     assert first == again and len(set(first)) == 300
     for line in "\n".join(first).splitlines():
-        for a, sign, b in __import__("re").findall(r"(\d+)([*+-])(\d+)=", line):
+        for a, sign, b in re.findall(r"(\d+)([*+-])(\d+)=", line):
             result = line.split("=")[1].split(".")[0]
             if sign == "+" and (int(a) > 9 or int(b) > 9):
                 assert not data.held_out(int(a), int(b)) and not data.held_out(int(b), int(a))
             if result and line.count("+") < 2:
                 assert int(result) == {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign]
-    assert data.column_sum(347, 658) == ["7+8=15", "4+5+1=10", "3+6+1=10"] and data.column_sum(5, 99) == ["5+9=14", "0+9+1=10"]
+    assert data.column_sum(347, 658) == ["7+8=15", "4+5+1=10", "3+6+1=10"]
+    assert data.column_sum(5, 99) == ["5+9=14", "0+9+1=10"]
     assert not set(data.stdlib_files(code=True)) & set(data.stdlib_files(code=False))
     assert 0.07 < np.mean([data.held_out(a, b) for a in range(100) for b in range(100)]) < 0.13
 
 
 def test_duplicates_and_empty_documents_are_dropped_and_counted(tmp_path):
     texts = [f"document {i}" for i in range(100)]
-    [s] = quiet_prepare(tmp_path, jsonl=str(write_jsonl(tmp_path / "a.jsonl", texts + texts[:7] + ["", " \n"])), val_fraction=0.3)
+    path = write_jsonl(tmp_path / "a.jsonl", texts + texts[:7] + ["", " \n"])
+    [s] = quiet_prepare(tmp_path, jsonl=str(path), val_fraction=0.3)
     assert (s.meta["duplicates"], s.meta["empty"]) == (7, 2)
     train, val = documents_of(s.train), documents_of(s.val)
     assert sorted(train + val) == sorted(t.encode() for t in texts) and len(val) == s.val_meta["documents"] > 10
@@ -221,8 +226,9 @@ def test_overlap_is_the_share_of_13_grams_seen_in_training():
     assert data.overlap(np.array(train), held, TOK) == pytest.approx((8 + 8) / 28)  # none across the two documents
 
 
-@pytest.mark.parametrize("line, message", [("{bad", "b.jsonl:2: "), ("[1]", "b.jsonl:2: .*no key"), ('{"x": 1}', "b.jsonl:2: .*no key"),
-                                           ('{"text": 3}', "b.jsonl:2: .*no key"), ('{"text": "\xff"}', "b.jsonl:2: ")])
+@pytest.mark.parametrize("line, message", [
+    ("{bad", "b.jsonl:2: "), ("[1]", "b.jsonl:2: .*no key"), ('{"x": 1}', "b.jsonl:2: .*no key"),
+    ('{"text": 3}', "b.jsonl:2: .*no key"), ('{"text": "\xff"}', "b.jsonl:2: ")])
 def test_a_bad_jsonl_row_is_named_by_file_and_line(tmp_path, line, message):
     (tmp_path / "b.jsonl").write_bytes(b'{"text": "fine"}\n' + line.encode("latin-1") + b"\n")
     with pytest.raises(ValueError, match=message + '.*expected {"text"'):
@@ -232,9 +238,10 @@ def test_a_bad_jsonl_row_is_named_by_file_and_line(tmp_path, line, message):
 def test_main_turns_user_errors_into_one_line_exits(tmp_path):
     (tmp_path / "blank.txt").write_text(" \n", encoding="utf-8")
     (tmp_path / "short.txt").write_text("few words", encoding="utf-8")
-    for kwargs, message in [(dict(text=f"{tmp_path}/absent.txt"), "nothing found"), (dict(text=f"{tmp_path}/blank.txt"), "empty corpus"),
-                            (dict(text=f"{tmp_path}/short.txt"), "expected 257 or more"), (dict(val_fraction=1.0), "val_fraction"),
-                            (dict(hf="no/such"), "--hf=no/such")]:
+    cases = [(dict(text=f"{tmp_path}/absent.txt"), "nothing found"),
+             (dict(text=f"{tmp_path}/blank.txt"), "empty corpus"),
+             (dict(text=f"{tmp_path}/short.txt"), "expected 257 or more"), (dict(val_fraction=1.0), "val_fraction")]
+    for kwargs, message in cases:
         with pytest.raises(SystemExit) as error:
             data.main(data.Config(out=str(tmp_path / "out"), **kwargs))
         assert message in str(error.value) and "\n" not in str(error.value)
@@ -242,10 +249,11 @@ def test_main_turns_user_errors_into_one_line_exits(tmp_path):
 
 def test_main_prints_the_tables_and_a_row_and_warns_above_five_epochs(tmp_path, capsys):
     path = write_jsonl(tmp_path / "tiny.jsonl", [f"{i} is a number, and so is {i + 1}" for i in range(300)])
-    metrics = data.main(data.Config(jsonl=str(path), out=str(tmp_path / "out"), seq_len=64, plan_tokens=100_000, verify=True))
+    cfg = data.Config(jsonl=str(path), out=str(tmp_path / "out"), seq_len=64, plan_tokens=100_000, verify=True)
+    metrics = data.main(cfg)
     printed = capsys.readouterr().out
-    assert metrics["tiny"]["epochs"] > 5 and "epochs of tiny" in printed and "<|endoftext|>│" in printed and "sha256" in printed
-    assert metrics["tiny"]["documents"] == 300
+    assert metrics["tiny"]["epochs"] > 5 and metrics["tiny"]["documents"] == 300
+    assert "epochs of tiny" in printed and "<|endoftext|>│" in printed and "sha256" in printed
 
 
 # --- permutation -----------------------------------------------------------------------------------------------------
@@ -264,7 +272,8 @@ def test_permute_is_a_bijection_for_a_large_n_and_stays_in_range_for_huge_ones()
 
 
 def test_permute_differs_by_key_and_does_not_change_from_version_to_version():
-    orders = [tuple(data.permute(i, 50, key) for i in range(50)) for key in (0, 1, 2**70, (1, 2), (2, 1), (1, 2, 0), -1)]
+    keys = (0, 1, 2**70, (1, 2), (2, 1), (1, 2, 0), -1)
+    orders = [tuple(data.permute(i, 50, key) for i in range(50)) for key in keys]
     assert len(set(orders)) == len(orders)
     assert [data.permute(i, 10, (0, 1)) for i in range(10)] == [9, 7, 0, 5, 8, 4, 2, 6, 3, 1]
 
@@ -291,16 +300,19 @@ SIZES = dict(text=300, code=200, math=100)
 
 def test_mixture_specs_are_read_and_normalised():
     assert data.parse_mixture("text=3, code=1", SIZES) == [(1.0, dict(text=0.75, code=0.25, math=0.0))]
-    assert data.parse_mixture("0.7:text=1;1.0:code=2", SIZES) == [(0.7, dict(text=1, code=0, math=0)), (1.0, dict(text=0, code=1, math=0))]
+    staged = data.parse_mixture("0.7:text=1;1.0:code=2", SIZES)
+    assert staged == [(0.7, dict(text=1, code=0, math=0)), (1.0, dict(text=0, code=1, math=0))]
     assert [end for end, _ in data.parse_mixture("", SIZES)] == [0.72, 0.89, 1.0]
     assert data.parse_mixture("smollm3", SIZES)[2][1]["code"] == pytest.approx(0.24)
     assert data.parse_mixture("", dict(a=30, b=10)) == [(1.0, dict(a=0.75, b=0.25))]
 
 
 @pytest.mark.parametrize("spec, message", [
-    ("text=1,poems=1", "no source poems: expected code, math, text"), ("text=-1,code=2", "none below 0"), ("text=0", "one above it"),
-    ("text=nan", "none below 0"), ("text", "expected smollm3"), ("text=x", "expected smollm3"), ("0.9:text=1;0.5:code=1", "rising"),
-    ("0.5:text=1;0.9:code=1", "the last one 1.0"), ("0:text=1;1:code=1", "rising"), ("text=1;code=1", "rising"), (",", "expected smollm3")])
+    ("text=1,poems=1", "no source poems: expected code, math, text"), ("text=-1,code=2", "none below 0"),
+    ("text=0", "one above it"), ("text=nan", "none below 0"), ("text", "expected smollm3"),
+    ("text=x", "expected smollm3"), (",", "expected smollm3"), ("0.9:text=1;0.5:code=1", "rising"),
+    ("0.5:text=1;0.9:code=1", "the last one 1.0"),
+    ("0:text=1;1:code=1", "rising"), ("text=1;code=1", "rising")])
 def test_bad_mixtures_are_one_line_errors(spec, message):
     with pytest.raises(ValueError, match=message) as error:
         data.parse_mixture(spec, SIZES)
@@ -363,7 +375,8 @@ def test_a_batch_depends_on_seed_and_position_only():
     for consumed in (0, 4000, 96, 17):
         used.batch(consumed, 32)
     assert all(map(torch.equal, used.batch(1000, 32), fresh.batch(1000, 32)))
-    assert all(map(torch.equal, torch.cat([fresh.batch(1000, 8)[0], fresh.batch(1008, 24)[0]]), fresh.batch(1000, 32)[0]))
+    parts = [fresh.batch(1000, 8)[0], fresh.batch(1008, 24)[0]]
+    assert torch.equal(torch.cat(parts), fresh.batch(1000, 32)[0])
     assert not torch.equal(loader_of(seed=4).batch(1000, 32)[0], fresh.batch(1000, 32)[0])
 
 
