@@ -43,7 +43,10 @@ def _config_file(path):
     """The keys in a TOML file, or in the config.json that every run leaves behind."""
     try:
         text = Path(path).read_text(encoding="utf-8")
-        return json.loads(text) if str(path).endswith(".json") else tomllib.loads(text)
+        keys = json.loads(text) if str(path).endswith(".json") else tomllib.loads(text)
+        if not isinstance(keys, dict):
+            raise ValueError("not an object of keys and values")
+        return keys
     except OSError as e:
         raise ValueError(f"--config={path}: {e.strerror}: a .toml or .json file expected") from None
     except ValueError as e:
@@ -167,6 +170,8 @@ def setup(cfg):
         raise SystemExit(f"--dtype={cfg.dtype}: auto, float32 or bfloat16 expected")
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(cfg.dtype) or (
         torch.bfloat16 if _native_bf16(device) else torch.float32)
+    if not 0 <= cfg.seed < 2**63:
+        raise SystemExit(f"--seed={cfg.seed}: 0 to 2**63 - 1 expected")
     threads = _cores()
     if device.type == "cpu":
         if "OMP_NUM_THREADS" not in os.environ:
@@ -205,6 +210,8 @@ PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 
 
 def peak_flops(name):
     """Published dense bf16 FLOP/s of the GPU called `name`, or None: never another device's figure."""
+    if re.search(r"Laptop|MIG|4090 D", name):  # smaller than what their name contains
+        return None
     return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
 
 
@@ -268,6 +275,22 @@ class Stop:
             signal.signal(s, handler)
 
 
+def _is_row(text, last):
+    """A whole row of an older run, from before the step that is resumed? The last row may have been cut by the crash."""
+    try:
+        row = json.loads(text)
+        return row["step"] <= last and not row.get("final")
+    except (ValueError, KeyError, TypeError):
+        return False
+
+
+def _finite(value):
+    """JSON has no NaN and no infinity: null instead, at any depth."""
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
 class Log:
     """Terminal and out/metrics.jsonl. A live bar only on a terminal; each printed line carries progress and ETA itself."""
 
@@ -275,7 +298,7 @@ class Log:
         """out: run directory; total: last step; start: steps already done (later rows of an older run are cut off)."""
         self.path, self.total, self.start, self.clock = Path(out) / "metrics.jsonl", total, start, time.perf_counter()
         rows = self.path.read_text(encoding="utf-8").splitlines() if start and self.path.exists() else []
-        kept = [r for r in rows if r.endswith("}") and json.loads(r)["step"] <= start and not json.loads(r).get("final")]
+        kept = [r for r in rows if _is_row(r, start)]
         with atomic(self.path) as f:
             f.write("".join(r + "\n" for r in kept).encode())
         self.file = open(self.path, "a", encoding="utf-8")
@@ -298,8 +321,8 @@ class Log:
         return f"{int(left) // 60}:{int(left) % 60:02d}"
 
     def row(self, line=None, **values):
-        """One JSON row (non-finite numbers become null: JSON has no NaN); with `line`, also one printed line."""
-        clean = {k: (None if isinstance(v, float) and not math.isfinite(v) else v) for k, v in values.items()}
+        """One JSON row (non-finite numbers become null); with `line`, also one printed line."""
+        clean = _finite(values)
         self.file.write(json.dumps(clean) + "\n")
         self.file.flush()
         if self.wandb:

@@ -12,7 +12,7 @@ SmolLM3 (playbook, "Architecture choices") is Llama with four changes, each one 
 Names are Hugging Face's, so that exporting is renaming. Shapes in comments: B rows, T tokens, S cached tokens,
 H query heads, KV key/value heads, D head_dim, V vocabulary.
 """
-import codecs, copy, dataclasses, json, math, sys, time
+import codecs, copy, dataclasses, json, math, sys, time, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,7 +36,7 @@ class Config:
     num_key_value_heads: int = 2           # key/value heads: = query heads is MHA, 1 is MQA, between is GQA
     head_dim: int = 0                      # 0: hidden_size / num_attention_heads
     max_position_embeddings: int = 256     # tokens in a training row
-    rope_theta: float = 50_000.0           # base of the rotary angles
+    rope_theta: float = 10_000.0           # base of the rotary angles; more for longer rows: SmolLM3 50 thousand at 4k, 5 million at 64k
     no_rope_layer_interval: int = 4        # every n-th layer has no RoPE (NoPE); 0: RoPE everywhere
     sliding_window: int = 0                # RoPE layers see only that many tokens, NoPE layers all; 0: off
     rms_norm_eps: float = 1e-6             # inside the square root of RMSNorm
@@ -50,6 +50,11 @@ class Config:
                      "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 expected")
+        for name in ("vocab_size", "head_dim", "sliding_window", "no_rope_layer_interval", "rms_norm_eps", "initializer_range"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)}: 0 or more expected")
+        if self.rope_theta <= 0:
+            raise ValueError(f"rope_theta={self.rope_theta}: more than 0 expected")
         if H % KV:
             raise ValueError(f"num_key_value_heads={KV}: a divisor of num_attention_heads={H} expected")
         if not self.head_dim and self.hidden_size % H:
@@ -223,6 +228,8 @@ class Transformer(nn.Module):
 
     def __init__(self, config):
         super().__init__()
+        if not config.vocab_size:
+            raise ValueError("vocab_size=0: the tokenizer's vocab_size expected")
         self.config = config
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
@@ -359,6 +366,9 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
     """
     B, device, c = len(prompts), model.embed_tokens.weight.device, model.config
     longest = max(map(len, prompts))
+    if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
+        raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: temperature and top_k of 0 or more, "
+                         f"top_p above 0 and at most 1 expected")
     for i, p in enumerate(prompts):
         if not p or min(p) < 0 or max(p) >= c.vocab_size:
             raise ValueError(f"prompt {i}: at least one token, all in 0..{c.vocab_size - 1} expected")
@@ -453,15 +463,18 @@ def load_checkpoint(directory, device="cpu"):
         raise SystemExit(f"{directory}: no checkpoint (ckpt_*.pt) here: a directory written by train.py expected")
     for path in files:
         try:
+            with zipfile.ZipFile(path) as z:  # torch does not look at the checksums that it writes
+                if z.testzip():
+                    raise ValueError("checksum error")
             state = torch.load(path, map_location="cpu", weights_only=True)
+            config, weights = Config(**state.pop("model_config")), state.pop("model")
             break
-        except Exception as e:  # a truncated file raises half a dozen types
-            print(f"WARNING: {path} is unreadable ({str(e).splitlines()[0][:80]}): falling back to the one before", file=sys.stderr)
+        except Exception as e:  # truncated, corrupt, foreign: half a dozen exception types
+            print(f"WARNING: {path} is no readable checkpoint ({type(e).__name__}: {str(e)[:80]})", file=sys.stderr)
     else:
         raise SystemExit(f"{directory}: none of the {len(files)} checkpoints is readable")
-    weights = state.pop("model")
     with torch.device("meta"):  # no time spent on initialising what is overwritten, and no random numbers drawn
-        model = Transformer(Config(**state["model_config"]))
+        model = Transformer(config)
     model.to_empty(device=device).load_state_dict(weights)
     return model, state
 

@@ -13,6 +13,7 @@ import dataclasses, gc, json, lzma, math, statistics, sys, time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
 import torch
 from torch import nn
@@ -32,8 +33,8 @@ class Config(nano.Config):
     mixture: str = ""              # smollm3, or "text=0.8,code=0.2", or stages "0.7:...;1.0:..."; default: smollm3 or by size
     val_fraction: float = 0.05     # held out, by document
     # optimization
-    steps: int = 1000              # optimizer steps
-    batch_tokens: int = 4096       # tokens per step; rows are max_position_embeddings long
+    steps: int = 1600              # optimizer steps
+    batch_tokens: int = 2048       # tokens per step; rows are max_position_embeddings long
     micro_batch: int = 0           # rows per forward pass (less memory, same result); 0: the whole step at once
     optimizer: str = "muon"        # muon (hidden matrices; AdamW for the rest) or adamw
     lr: float = 4e-3               # peak learning rate; for muon scaled to AdamW's update size, so one value serves both
@@ -54,14 +55,14 @@ class Config(nano.Config):
     out: str = "out/base"          # run directory
     resume: bool = False           # go on from the newest checkpoint in out, if there is one
     overwrite: bool = False        # delete the run that is in out
-    log_every: int = 20            # steps between printed lines
-    eval_every: int = 250          # steps between evaluations
-    save_every: int = 250          # steps between checkpoints; also at the end and on signals
+    log_every: int = 50            # steps between printed lines
+    eval_every: int = 400          # steps between evaluations
+    save_every: int = 400          # steps between checkpoints; also at the end and on signals
     wandb: bool = False            # log to Weights & Biases too
 
 
 PRESETS = {name: {k: v for k, v in shape.items() if k != "vocab_size"} for name, shape in nano.PRESETS.items()}
-PRESETS["small"] |= dict(lr=2e-3)
+PRESETS["small"] |= dict(lr=2e-3, batch_tokens=4096)
 for _name, _lr in {"smol-135m": 2e-3, "smol-360m": 1e-3, "smol-1.7b": 5e-4, "ablation-1b": 5e-4, "smollm3-3b": 2e-4}.items():
     PRESETS[_name] |= dict(optimizer="adamw", lr=_lr, batch_tokens=2**19, micro_batch=4, decay=0.1, compile=True, steps=20_000)
 # Time to quality against nanoGPT's CPU recipe (README, "Measured"): rows of 64, whole-file validation.
@@ -88,7 +89,7 @@ class Muon(torch.optim.Optimizer):
     """Muon (arXiv 2502.16982): replace a matrix's momentum by the nearest orthogonal matrix, so that all directions learn.
 
     The same numbers as torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), which loops over matrices; here equal shapes
-    go through Newton-Schulz together: 28 small matrices on 2 CPU cores, 22.7 -> MEASURED ms a step.
+    go through Newton-Schulz together: 28 small matrices on 2 CPU cores, 22.7 -> 8.8 ms a step.
     """
 
     def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
@@ -174,14 +175,15 @@ def evaluate(model, sources, cfg, rt, max_tokens=2**17):
 
 def lzma_bpb(source, tokenizer, max_tokens=2**21):
     """Bits per byte of a good general compressor on the same held-out text: the yardstick beside the model's."""
-    text = tokenizer.decode_bytes(source.val[:max_tokens].tolist())
+    tokens = source.val[:max_tokens]
+    text = tokenizer.decode_bytes(tokens[tokens != tokenizer.eos].tolist())
     return 8 * len(lzma.compress(text, preset=9)) / len(text)
 
 
-def show_evaluation(log, step, scores):
-    mean = sum(loss for loss, _ in scores.values()) / len(scores)
-    log.say(f"eval {step}: " + " | ".join(f"{n} {bpb:.3f} bits/byte" for n, (_, bpb) in scores.items()))
-    return dict(val_loss=mean, val_bpb={n: bpb for n, (_, bpb) in scores.items()})
+def scored(run, scores):
+    """Print an evaluation; returns it as the fields of a metrics row."""
+    run.log.say(f"eval {run.step}: " + " | ".join(f"{name} {bpb:.3f} bits/byte" for name, (_, bpb) in scores.items()))
+    return dict(val_loss=sum(loss for loss, _ in scores.values()) / len(scores), val_bpb={n: bpb for n, (_, bpb) in scores.items()})
 
 
 # --- one step --------------------------------------------------------------------------------------------------------
@@ -229,7 +231,7 @@ def check(cfg):
             (cfg.lr <= 0 or cfg.grad_clip <= 0, "--lr, --grad_clip: more than 0 expected"),
             (not (0 <= cfg.warmup <= 1 and 0 <= cfg.decay <= 1), "--warmup, --decay: fractions of the run, 0 to 1, expected"),
             (cfg.batch_tokens % T or rows < 1, f"--batch_tokens={cfg.batch_tokens}: a multiple of --max_position_embeddings={T} expected"),
-            (cfg.micro_batch and rows % cfg.micro_batch, f"--micro_batch={cfg.micro_batch}: a divisor of the step's {rows} rows expected"),
+            (cfg.micro_batch < 0 or cfg.micro_batch and rows % cfg.micro_batch, f"--micro_batch={cfg.micro_batch}: a divisor of the step's {rows} rows expected"),
             (cfg.resume and cfg.overwrite, "--resume and --overwrite: one of them expected")):
         if bad:
             raise SystemExit(message)
@@ -237,34 +239,33 @@ def check(cfg):
 
 def claim(out, cfg):
     """Make `out` ours without losing what is there. True when there is a run to resume."""
-    old, files = out / "config.json", nano.checkpoints(out)
+    files = nano.checkpoints(out)
     if files and cfg.overwrite:
         for f in [*files, out / "metrics.jsonl"]:
             f.unlink(missing_ok=True)
-        files = []
-    if files and not cfg.resume:
-        before = json.loads(old.read_text(encoding="utf-8")) if old.exists() else {}
-        now = dataclasses.asdict(cfg)
-        other = sorted(k for k in now if k not in NOT_THE_EXPERIMENT and before.get(k) != now[k])
-        finished = files[0].stem == f"ckpt_{cfg.steps:08d}"
-        if other or not finished:
-            what = f"a run with other settings ({', '.join(other[:5])})" if other else "an unfinished run"
-            raise SystemExit(f"{out}: holds {what}: --resume, --overwrite or another --out expected")
+    elif files and not cfg.resume:
+        before = json.loads((out / "config.json").read_text(encoding="utf-8")) if (out / "config.json").exists() else {}
+        now = dataclasses.asdict(cfg) | ({"vocab_size": before.get("vocab_size")} if not cfg.vocab_size else {})
+        other = [k for k in now if k not in NOT_THE_EXPERIMENT and before.get(k) != now[k]]
+        what = f"another run (other {', '.join(other[:5])})" if other else "this very run"
+        raise SystemExit(f"{out}: holds {what}, up to step {int(files[0].stem[5:])}: --resume goes on with it, --overwrite deletes it, "
+                         f"--out=DIR leaves it alone")
     out.mkdir(parents=True, exist_ok=True)
     return bool(files) and cfg.resume
 
 
-def build(cfg, rt, tokenizer, start_from):
+def build(cfg, rt, tokenizer, start_from=""):
     """-> (model on the device, what else was in the checkpoint). Shape from the checkpoint where there is one."""
     if start_from:
         model, extra = nano.load_checkpoint(start_from, rt.device)
         if extra["tokenizer"] != cfg.tokenizer:
             raise SystemExit(f"--tokenizer={cfg.tokenizer}: {start_from} was trained with {extra['tokenizer']}")
+        model.config.max_position_embeddings = cfg.max_position_embeddings  # row length is a choice of the run, not a shape
     else:
-        cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or tokenizer.vocab_size)
-        if cfg.vocab_size < tokenizer.vocab_size:
+        if 0 < cfg.vocab_size < tokenizer.vocab_size:
             raise SystemExit(f"--vocab_size={cfg.vocab_size}: at least the tokenizer's {tokenizer.vocab_size} expected")
-        model, extra = nano.Transformer(nano.shape_of(cfg)).to(rt.device), {}
+        shape = dataclasses.replace(nano.shape_of(cfg), vocab_size=cfg.vocab_size or tokenizer.vocab_size)
+        model, extra = nano.Transformer(shape).to(rt.device), {}
     model.compute_dtype = rt.dtype
     if cfg.compile:
         for layer in model.layers:  # one block compiled is all blocks compiled, and parameter names stay as they are
@@ -273,12 +274,8 @@ def build(cfg, rt, tokenizer, start_from):
     return model, extra
 
 
-def main(cfg):
-    """Train; returns the last evaluation and the totals."""
-    check(cfg)
-    rt = setup(cfg)
-    if cfg.bench:
-        return bench(cfg, rt)
+def begin(cfg, rt):
+    """Data, model, optimizers and where the run stands: everything main() needs, new or from the newest checkpoint."""
     out, rows = Path(cfg.out), cfg.batch_tokens // cfg.max_position_embeddings
     resuming = claim(out, cfg)
     try:
@@ -286,108 +283,138 @@ def main(cfg):
         sources = data.prepare(text=cfg.text, jsonl=cfg.jsonl, hf=cfg.hf, tokenizer=cfg.tokenizer,
                                val_fraction=cfg.val_fraction, out=out.parent / "data")
         loader = data.Loader(sources, cfg.mixture, cfg.max_position_embeddings, cfg.steps * rows, cfg.seed)
-        model, extra = build(cfg, rt, tokenizer, cfg.out if resuming else cfg.init)
+        model, extra = build(cfg, rt, tokenizer, out if resuming else cfg.init)
     except ValueError as e:
         raise SystemExit(str(e)) from None
-    optimizers = make_optimizers(model, cfg)
-    norms, first, consumed, skipped = deque(maxlen=100), 0, 0, 0
+    shape = dataclasses.asdict(model.config)
+    other = [k for k in shape if resuming and shape[k] != getattr(cfg, k) and (k, getattr(cfg, k)) != ("vocab_size", 0)]
+    if other:
+        raise SystemExit(f"--resume: {out} has {', '.join(f'{k}={shape[k]}' for k in other)}: the same expected, or --init={out} and another --out")
+    cfg = dataclasses.replace(cfg, **shape)  # config.json records what is trained
+    run = SimpleNamespace(cfg=cfg, out=out, rows=rows, tokenizer=tokenizer, sources=sources, loader=loader, model=model,
+                          optimizers=make_optimizers(model, cfg), step=0, consumed=0, norms=deque(maxlen=100), skipped=0, seconds=0.0)
     if resuming:
-        load_optimizer_state(model, optimizers, extra["optimizer"])
-        first, consumed, norms = extra["step"], extra["consumed_samples"], deque(extra["monitor"]["norms"], maxlen=100)
-        skipped = extra["monitor"]["skipped"]
-        print(f"resuming {out} after step {first}")
+        load_optimizer_state(model, run.optimizers, extra["optimizer"])
+        run.step, run.consumed, run.skipped = extra["step"], extra["consumed_samples"], extra["monitor"]["skipped"]
+        run.norms.extend(extra["monitor"]["norms"])
+        run.seconds = extra["monitor"]["seconds"]
     write_json(out / "config.json", dataclasses.asdict(cfg))
-    log = Log(out, cfg.steps, first, cfg.wandb, dataclasses.asdict(cfg))
-    flops = nano.flops_per_token(model.config, cfg.max_position_embeddings)
-    log.say(f"{nano.num_params(model.config):,} parameters, {cfg.steps:,} steps of {cfg.batch_tokens:,} tokens, "
-            f"{' + '.join(f'{s.name} {len(s.train) / 1e6:.1f}M' for s in sources)} tokens | {rt.name}, {str(rt.dtype)[6:]}")
+    run.log = Log(out, cfg.steps, run.step, cfg.wandb, dataclasses.asdict(cfg))
+    memory = nano.training_bytes(model.config, cfg.max_position_embeddings * (cfg.micro_batch or rows)) / 2**30
+    run.log.say(f"{nano.num_params(model.config):,} parameters, {cfg.steps:,} steps of {cfg.batch_tokens:,} tokens, about "
+                f"{memory:.1f} GiB | {', '.join(f'{s.name} {len(s.train) / 1e6:.1f}M' for s in sources)} tokens | {rt.name}, "
+                f"{str(rt.dtype)[6:]}" + (f" | resuming after step {run.step}" if resuming else ""))
+    return run
 
-    def save(step):
-        nano.save_checkpoint(out, model, step, consumed, "base", cfg.tokenizer, optimizer_state(model, optimizers),
-                             dataclasses.asdict(cfg), monitor=dict(norms=list(norms), skipped=skipped))
 
-    batches = data.prefetch(loader, consumed, rows, cfg.steps - first)
+def save(run):
+    nano.save_checkpoint(run.out, run.model, run.step, run.consumed, "base", run.cfg.tokenizer,
+                         optimizer_state(run.model, run.optimizers), dataclasses.asdict(run.cfg),
+                         monitor=dict(norms=list(run.norms), skipped=run.skipped, seconds=run.seconds))
+
+
+def samples(run):
+    """Names the step's data, so that it can be looked at."""
+    first = ", ".join(run.loader.describe(run.consumed + i) for i in range(min(3, run.rows)))
+    return f"samples {run.consumed}..{run.consumed + run.rows - 1}: {first}, ..."
+
+
+def update(run, loss, norm, lr):
+    """Let the optimizers use the gradients, unless the step is a spike: skipped, said and counted. True if it was used."""
+    spike = is_spike(loss, norm, run.norms)
+    if spike:
+        run.skipped += 1
+        run.log.say(f"SKIPPED step {run.step + 1}: loss {loss:.3f}, gradient norm {norm:.3f}, {samples(run)}")
+    else:
+        run.norms.append(norm)
+    for optimizer in run.optimizers:
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        if not spike:
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    return not spike
+
+
+def main(cfg):
+    """Train; returns the last evaluation and the totals."""
+    check(cfg)
+    rt = setup(cfg)
+    if cfg.bench:
+        return bench(cfg, rt)
+    run = begin(cfg, rt)
+    cfg = run.cfg
+    log, flops = run.log, nano.flops_per_token(run.model.config, cfg.max_position_embeddings)
+    batches = data.prefetch(run.loader, run.consumed, run.rows, cfg.steps - run.step)
     gc.collect(), gc.freeze()  # the collector would walk all of torch's objects again and again
-    clock = logged = time.perf_counter()
-    waited, since, in_a_row, result, step = 0.0, first, 0, {}, first
+    logged = time.perf_counter()
+    start = logged - run.seconds
+    since, waited, loss, bad = run.step, 0.0, math.nan, 0
     with Stop() as stop:
-        for step in range(first + 1, cfg.steps + 1):
-            start = time.perf_counter()
+        while run.step < cfg.steps and not stop.signal:
+            asked = time.perf_counter()
             batch = next(batches)
-            waited += time.perf_counter() - start
-            lr = lr_at(step - 1, cfg)
-            for group in (g for o in optimizers for g in o.param_groups):
-                group["lr"] = lr
-            loss = forward_backward(model, batch, cfg, rt)
-            norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+            waited += time.perf_counter() - asked
+            lr = lr_at(run.step, cfg)
+            loss = forward_backward(run.model, batch, cfg, rt)
+            norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip)
             loss, norm = float(loss), float(norm)  # the step's one wait for the device
-            if is_spike(loss, norm, norms):
-                skipped, in_a_row = skipped + 1, in_a_row + 1
-                where = f"samples {consumed}..{consumed + rows - 1}: {', '.join(loader.describe(consumed + i) for i in range(min(3, rows)))}, ..."
-                log.say(f"SKIPPED step {step}: loss {loss:.3f}, gradient norm {norm:.3f} ({where})")
-            else:
-                in_a_row = 0
-                norms.append(norm)
-                for o in optimizers:
-                    o.step()
-            for o in optimizers:
-                o.zero_grad(set_to_none=True)
-            consumed += rows
-            if in_a_row == 10:
-                raise SystemExit(f"step {step}: 10 steps in a row were not finite or spiked; the last: {where}; "
-                                 f"--resume restarts before them, a lower --lr or --grad_clip may pass them")
-            last = step == cfg.steps or stop.signal
-            if step % cfg.log_every == 0 or step == first + 1 or last:
-                now = time.perf_counter()
-                speed = (step - since) * cfg.batch_tokens / (now - logged)
-                mfu = speed * flops / rt.peak if rt.peak else None
-                log.row(f"loss {loss:.4f} | lr {lr:.1e} | grad {norm:.2f} | {speed / 1000:.1f}k tok/s | data {100 * waited / (now - logged):.1f} %"
-                        + (f" | mfu {100 * mfu:.1f} % (6N+12LHDT)" if mfu else "") + (f" | skipped {skipped}" if skipped else ""),
-                        step=step, tokens=consumed * cfg.max_position_embeddings, loss=loss, lr=lr, grad_norm=norm, tok_per_s=speed,
-                        seconds=now - clock, data_wait=waited / (now - logged), mfu=mfu, skipped=skipped)
-                logged, since, waited = now, step, 0.0
+            bad = 0 if update(run, loss, norm, lr) else bad + 1
+            if bad == 10:
+                raise SystemExit(f"step {run.step + 1}: 10 steps in a row were not finite or spiked, the last with {samples(run)} "
+                                 f"A lower --lr or --grad_clip may help; --resume goes on from the last checkpoint")
+            run.step, run.consumed, run.seconds = run.step + 1, run.consumed + run.rows, time.perf_counter() - start
             log.bar.update(1)
-            if stop.signal:
-                break
-            if step % cfg.eval_every == 0 and step < cfg.steps:
+            if run.step % cfg.log_every == 0 or run.step in (1, cfg.steps) or stop.signal:
+                now = time.perf_counter()
+                speed, wait = (run.step - since) * cfg.batch_tokens / (now - logged), waited / (now - logged)
+                mfu = speed * flops / rt.peak if rt.peak else None
+                log.row(f"loss {loss:.4f} | lr {lr:.1e} | grad {norm:.2f} | {speed / 1000:.1f}k tok/s | data {100 * wait:.1f} %"
+                        + (f" | mfu {100 * mfu:.1f} % (6N+12LHDT)" if mfu else "") + (f" | skipped {run.skipped}" if run.skipped else ""),
+                        step=run.step, tokens=run.consumed * cfg.max_position_embeddings, loss=loss, lr=lr, grad_norm=norm,
+                        tok_per_s=speed, seconds=run.seconds, data_wait=wait, mfu=mfu, skipped=run.skipped)
+                logged, since, waited = now, run.step, 0.0
+            if run.step % cfg.eval_every == 0 and run.step < cfg.steps and not stop.signal:
                 paused = time.perf_counter()
-                log.row(step=step, tokens=consumed * cfg.max_position_embeddings, seconds=paused - clock,
-                        **show_evaluation(log, step, evaluate(model, sources, cfg, rt)))
-                pause = time.perf_counter() - paused  # evaluation is not training time
-                clock, logged = clock + pause, logged + pause
-            if step % cfg.save_every == 0 and step < cfg.steps:
-                save(step)
-        seconds = time.perf_counter() - clock
+                log.row(step=run.step, tokens=run.consumed * cfg.max_position_embeddings, seconds=run.seconds,
+                        **scored(run, evaluate(run.model, run.sources, cfg, rt)))
+                pause = time.perf_counter() - paused
+                start, logged = start + pause, logged + pause  # evaluation is not training time
+            if run.step % cfg.save_every == 0 and run.step < cfg.steps:
+                save(run)
         batches.close()
-        save(step)
-        if stop.signal:
-            log.say(f"{stop.signal}: saved {out} at step {step}; --resume goes on from there")
-            log.close()
-            return dict(step=step, stopped=stop.signal, seconds=seconds, skipped=skipped)
-    scores = evaluate(model, sources, cfg, rt)
-    result = dict(step=step, tokens=consumed * cfg.max_position_embeddings, loss=loss, seconds=seconds, skipped=skipped, **show_evaluation(log, step, scores))
+        save(run)
+    totals = dict(step=run.step, tokens=run.consumed * cfg.max_position_embeddings, loss=loss, seconds=run.seconds, skipped=run.skipped)
+    if stop.signal:
+        log.say(f"{stop.signal}: saved {run.out} at step {run.step}; --resume goes on from there")
+        log.close()
+        return totals | {"stopped": stop.signal}
+    scores = evaluate(run.model, run.sources, cfg, rt)
+    result = totals | scored(run, scores)
     log.row(final=True, **result)
     log.close()
-    report(model, sources, scores, tokenizer, out)
+    report(run, scores)
     return result
 
 
-def report(model, sources, scores, tokenizer, out):
+def report(run, scores):
     """The end of a run: each source beside lzma, and what the model writes after a held-out document's first words."""
     print("\nheld-out text   model  lzma -9   bits per byte")
-    for s in sources:
-        print(f"{s.name:15} {scores[s.name][1]:5.3f}  {lzma_bpb(s, tokenizer):7.3f}")
-    prompts = [s.val[:48].tolist() for s in sources]
-    for s, p, (ids, _) in zip(sources, prompts, nano.generate(model, prompts, 160, temperature=0.7, stop_ids=[tokenizer.eos])):
-        print(f"\n--- {s.name}: {tokenizer.decode(p)!r} goes on\n{tokenizer.decode(ids)}")
-    print(f"\nwrote {out}; try: python model.py {out} --prompt='...'")
+    for s in run.sources:
+        print(f"{s.name:15} {scores[s.name][1]:5.3f}  {lzma_bpb(s, run.tokenizer):7.3f}")
+    decode, prompts = run.tokenizer.decode, [s.val[:64].tolist() for s in run.sources]
+    written = nano.generate(run.model, prompts, 160, temperature=0.7, stop_ids=[run.tokenizer.eos])
+    for s, prompt, (ids, _) in zip(run.sources, prompts, written):
+        print(f"\n--- {s.name}: a held-out beginning, then what the model makes of it\n{decode(prompt)}\033[1m{decode(ids)}\033[0m"
+              if sys.stdout.isatty() else f"\n--- {s.name}: a held-out beginning >>> what the model makes of it\n{decode(prompt)}>>>{decode(ids)}")
+    print(f"\nwrote {run.out}; try: python model.py {run.out} --prompt='...'")
 
 
 def bench(cfg, rt, steps=12):
     """Speed of full steps (forward, backward, clip, optimizer) on random tokens."""
     cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or 320)
     T, rows = cfg.max_position_embeddings, cfg.batch_tokens // cfg.max_position_embeddings
-    model, _ = build(cfg, rt, data.get_tokenizer("bytes"), "")
+    model, _ = build(cfg, rt, data.get_tokenizer("bytes"))
     optimizers = make_optimizers(model, cfg)
     ids = torch.randint(0, min(256, cfg.vocab_size), (rows, T + 1), generator=torch.Generator().manual_seed(cfg.seed))
     batch, seconds = (ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.zeros(rows, T, dtype=torch.long)), []

@@ -2,13 +2,13 @@
 import os, sys
 from pathlib import Path
 
-os.environ.setdefault("OMP_NUM_THREADS", "1")           # infra.setup leaves the thread count alone where this is set
+os.environ["OMP_NUM_THREADS"] = "1"                     # infra.setup then leaves the thread count alone
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import pytest
 import torch
 
-torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")

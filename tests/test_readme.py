@@ -1,0 +1,35 @@
+"""The README's quick-start commands run as they stand, at a reduced number of steps."""
+import os, re, shlex, subprocess, sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def quick_start():
+    """Commands of the fenced blocks that follow a `<!-- quick start -->` mark, without their trailing comments."""
+    blocks = re.findall(r"<!-- quick start -->\n```(?:bash|sh)\n(.*?)```", README, re.S)
+    return [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.startswith("python ")]
+
+
+def test_quick_start_commands_run_in_an_empty_directory(tmp_path):
+    commands = quick_start()
+    assert [c[1] for c in commands][:1] == ["train.py"] and len(commands) >= 3
+    for command in commands:
+        short = ["--steps=12", "--log_every=4"] if command[1] == "train.py" else []
+        run = subprocess.run([sys.executable, ROOT / command[1], *command[2:], *short], cwd=tmp_path, capture_output=True,
+                             text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "2"})
+        assert run.returncode == 0, f"{' '.join(command)}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
+        assert run.stdout.strip(), command
+
+
+@pytest.mark.parametrize("name", ["train", "model", "data"])
+def test_every_flag_in_the_readme_exists(name):
+    """`--flag` words on README lines that call a script are fields of that script's Config."""
+    module = __import__(name)
+    fields = {f for c in (getattr(module, "Options", None), module.Config) if c for f in c.__dataclass_fields__}
+    for line in re.findall(rf"^.*python {name}\.py.*$", README, re.M):
+        for flag in re.findall(r"--([a-z_]+)", line.split("#")[0]):
+            assert flag in fields | {"config", "help"}, line
