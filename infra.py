@@ -31,7 +31,8 @@ def _convert(value, kind):
     want = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
     try:
         if kind is bool:
-            return value if isinstance(value, bool) else {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+            words = {"true": True, "1": True, "false": False, "0": False}
+            return value if isinstance(value, bool) else words[str(value).lower()]
         if isinstance(value, (bool, list, dict)) or (kind is str and not isinstance(value, str)):
             raise ValueError
         return value if kind is str else _number(value, kind)
@@ -172,16 +173,17 @@ def setup(cfg):
         torch.bfloat16 if _native_bf16(device) else torch.float32)
     if not 0 <= cfg.seed < 2**63:
         raise SystemExit(f"--seed={cfg.seed}: 0 to 2**63 - 1 expected")
-    threads = _cores()
     if device.type == "cpu":
         if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(threads)
+            torch.set_num_threads(_cores())
         _keep_freed_memory()
-    torch.set_float32_matmul_precision("high")  # CUDA: fp32 matmuls on the tensor cores (TF32), as PyTorch once did
+    else:
+        torch.set_float32_matmul_precision("high")  # fp32 matmuls on CUDA's tensor cores (TF32), as PyTorch once did
     torch.manual_seed(cfg.seed)  # only initialisation draws from it: data and sampling are functions of their own seeds
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{cpu_name()}, {torch.get_num_threads()} threads"
-    return SimpleNamespace(device=device, dtype=dtype, threads=torch.get_num_threads(), rank=0, world_size=1, name=name,
-                           peak=peak_flops(name) if dtype == torch.bfloat16 and device.type == "cuda" else None)
+    cuda, threads = device.type == "cuda", torch.get_num_threads()
+    name = torch.cuda.get_device_name(device) if cuda else f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}"
+    return SimpleNamespace(device=device, dtype=dtype, threads=threads, rank=0, world_size=1, name=name,
+                           peak=peak_flops(name) if cuda and dtype == torch.bfloat16 else None)
 
 
 def _keep_freed_memory():
@@ -329,7 +331,8 @@ class Log:
             self.wandb.log(clean, step=values["step"])
         if line:
             step = values["step"]
-            self.say(f"step {step:>{len(str(self.total))}}/{self.total} {100 * step // self.total:3d}% | {line} | eta {self.eta(step)}")
+            done = f"step {step:>{len(str(self.total))}}/{self.total} {100 * step // self.total:3d}%"
+            self.say(f"{done} | {line} | eta {self.eta(step)}")
 
     def close(self):
         self.bar.close()

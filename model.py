@@ -36,7 +36,7 @@ class Config:
     num_key_value_heads: int = 2           # key/value heads: = query heads is MHA, 1 is MQA, between is GQA
     head_dim: int = 0                      # 0: hidden_size / num_attention_heads
     max_position_embeddings: int = 256     # tokens in a training row
-    rope_theta: float = 10_000.0           # base of the rotary angles; more for longer rows: SmolLM3 50 thousand at 4k, 5 million at 64k
+    rope_theta: float = 10_000.0           # base of the rotary angles; SmolLM3: 5e4 for rows of 4k, 5e6 for 64k
     no_rope_layer_interval: int = 4        # every n-th layer has no RoPE (NoPE); 0: RoPE everywhere
     sliding_window: int = 0                # RoPE layers see only that many tokens, NoPE layers all; 0: off
     rms_norm_eps: float = 1e-6             # inside the square root of RMSNorm
@@ -50,7 +50,8 @@ class Config:
                      "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 expected")
-        for name in ("vocab_size", "head_dim", "sliding_window", "no_rope_layer_interval", "rms_norm_eps", "initializer_range"):
+        for name in ("vocab_size", "head_dim", "sliding_window", "no_rope_layer_interval", "rms_norm_eps",
+                     "initializer_range"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: 0 or more expected")
         if self.rope_theta <= 0:
@@ -58,7 +59,7 @@ class Config:
         if H % KV:
             raise ValueError(f"num_key_value_heads={KV}: a divisor of num_attention_heads={H} expected")
         if not self.head_dim and self.hidden_size % H:
-            raise ValueError(f"hidden_size={self.hidden_size}: a multiple of num_attention_heads={H} expected, or set head_dim")
+            raise ValueError(f"hidden_size={self.hidden_size}: a multiple of num_attention_heads={H} or a head_dim expected")
         if self.head_size % 2:
             raise ValueError(f"head_dim={self.head_size}: an even number expected: RoPE rotates pairs")
 
@@ -309,7 +310,7 @@ def num_params(c):
 
 
 def flops_per_token(c, seq_len):
-    """Training FLOPs per token: 6 per matmul parameter, plus attention 12·L·H·D·T (PaLM, appendix B; not halved for causality)."""
+    """Training FLOPs per token: 6 per matmul parameter, plus attention 12·L·H·D·T (PaLM, appendix B: causality ignored)."""
     looked_up = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size  # an untied embedding multiplies nothing
     return 6 * (num_params(c) - looked_up) + 12 * c.num_hidden_layers * c.num_attention_heads * c.head_size * seq_len
 
@@ -355,6 +356,10 @@ def sample(logits, u, temperature, top_k, top_p):
         cdf = p.cumsum(dim=-1)
         ids = torch.searchsorted(cdf, u[:, None] * cdf[:, -1:], right=True).clamp(max=p.shape[-1] - 1)
     return ids[:, 0], logp.gather(-1, ids)[:, 0]
+
+
+# A compiled graph of many small kernels spends a tenth of its time between them: call them from C++, without checks.
+CPU_COMPILE = {"cpp_wrapper": True, "size_asserts": False}
 
 
 @torch.no_grad()
@@ -405,7 +410,7 @@ def compiled(advance, device):
     if device.type != "cpu":
         return torch.compile(advance)
     torch._inductor.config.freezing = True  # must be global: the front end looks at it too
-    return torch.compile(advance, options={"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"})
+    return torch.compile(advance, options={"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN", **CPU_COMPILE})
 
 
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), seed=0, compile=False):
@@ -511,7 +516,7 @@ def table():
         T = c.max_position_embeddings
         lines.append(f"{name:12} {num_params(c):14,} {kv_bytes_per_token(c):15,} {flops_per_token(c, T):18.3g} "
                      f"{training_bytes(c, T) / 2**30:12.2f} GiB")
-    return "\n".join(lines + ["KV cache in bf16; FLOPs 6N + 12LHDT at the preset's row length; memory for AdamW and one such row."])
+    return "\n".join([*lines, "KV cache in bf16; FLOPs 6N + 12LHDT at the preset's row length; memory: AdamW, one such row."])
 
 
 def bench(cfg):
@@ -531,8 +536,8 @@ def bench(cfg):
                 seconds_per_step=round(cfg.batch / speed[2], 6), mfu=rt.peak and round(speed[2] * flops / rt.peak, 4),
                 mfu_convention="2N FLOPs per new token / published dense bf16 peak; null: no published peak",
                 peak_memory_bytes=peak_memory(rt.device), batch=cfg.batch, prompt_tokens=cfg.prompt_tokens,
-                max_new_tokens=cfg.max_new_tokens, compile=cfg.compile, dtype=str(rt.dtype)[6:], params=num_params(model.config),
-                machine=rt.name, torch=torch.__version__)
+                max_new_tokens=cfg.max_new_tokens, compile=cfg.compile, dtype=str(rt.dtype)[6:],
+                params=num_params(model.config), machine=rt.name, torch=torch.__version__)
 
 
 def main(cfg):
