@@ -47,7 +47,7 @@ class Config:
     val_fraction: float = 0.05    # share of the documents held out for validation
     out: str = "out/data"         # folder of the token files
     seq_len: int = 256            # tokens per row
-    plan_tokens: int = 3_276_800  # length of the run whose epochs the table counts
+    plan_tokens: int = 2_867_200  # length of the run whose epochs the table counts
     seed: int = 0                 # order of the rows; corpora and split do not depend on it
     verify: bool = False          # compare every token file with its checksum
 

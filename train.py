@@ -33,7 +33,7 @@ class Config(nano.Config):
     mixture: str = ""              # smollm3, "text=0.8,code=0.2", or stages "0.7:...;1.0:..."; default: smollm3 or by size
     val_fraction: float = 0.05     # held out, by document
     # optimization
-    steps: int = 1600              # optimizer steps
+    steps: int = 1400              # optimizer steps
     batch_tokens: int = 2048       # tokens per step; rows are max_position_embeddings long
     micro_batch: int = 0           # rows per forward pass (less memory, same result); 0: the whole step at once
     optimizer: str = "muon"        # muon (hidden matrices; AdamW for the rest) or adamw
@@ -56,8 +56,8 @@ class Config(nano.Config):
     resume: bool = False           # go on from the newest checkpoint in out, if there is one
     overwrite: bool = False        # delete the run that is in out
     log_every: int = 50            # steps between printed lines
-    eval_every: int = 400          # steps between evaluations
-    save_every: int = 400          # steps between checkpoints; also at the end and on signals
+    eval_every: int = 350          # steps between evaluations
+    save_every: int = 350          # steps between checkpoints; also at the end and on signals
     wandb: bool = False            # log to Weights & Biases too
 
 
