@@ -437,7 +437,8 @@ def permute(i, n, key):
 def count_rows(name, tokens, seq_len):
     """Rows start every seq_len tokens and need one token more, the last label."""
     if len(tokens) <= seq_len:
-        raise ValueError(f"{name}: {len(tokens)} tokens: expected {seq_len + 1} or more; lower --seq_len or add text")
+        raise ValueError(f"{name}: {len(tokens)} tokens: expected {seq_len + 1} or more: add text, shorten the "
+                         "rows (--seq_len, in train.py --max_position_embeddings) or raise --val_fraction")
     return (len(tokens) - 1) // seq_len
 
 

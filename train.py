@@ -286,6 +286,8 @@ def begin(cfg, rt):
         sources = data.prepare(text=cfg.text, jsonl=cfg.jsonl, hf=cfg.hf, tokenizer=cfg.tokenizer,
                                val_fraction=cfg.val_fraction, out=out.parent / "data")
         loader = data.Loader(sources, cfg.mixture, cfg.max_position_embeddings, cfg.steps * rows, cfg.seed)
+        for s in sources:  # better now than at the first evaluation
+            data.count_rows(f"{s.name}.val", s.val, cfg.max_position_embeddings)
         model, extra = build(cfg, rt, tokenizer, out if resuming else cfg.init)
     except ValueError as e:
         raise SystemExit(str(e)) from None
@@ -307,7 +309,7 @@ def begin(cfg, rt):
         run.step, run.consumed, run.skipped = extra["step"], extra["consumed_samples"], extra["monitor"]["skipped"]
         run.norms.extend(extra["monitor"]["norms"])
         run.seconds = extra["monitor"]["seconds"]
-    write_json(out / "config.json", dataclasses.asdict(cfg))
+    write_json(out / "config.json", dataclasses.asdict(cfg) | dict(resume=False, overwrite=False))  # a repeat deletes nothing
     run.log = Log(out, cfg.steps, run.step, cfg.wandb, dataclasses.asdict(cfg))
     memory = nano.training_bytes(model.config, cfg.max_position_embeddings * (cfg.micro_batch or rows)) / 2**30
     run.log.say(f"{nano.num_params(model.config):,} parameters, {cfg.steps:,} steps of {cfg.batch_tokens:,} tokens, about "

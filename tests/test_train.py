@@ -502,6 +502,22 @@ def test_the_same_run_again_is_refused_too_and_overwrite_repeats_it_exactly(conf
     assert train.main(dataclasses.replace(cfg, overwrite=True))["val_loss"] == first["val_loss"]
 
 
+def test_the_recorded_configuration_never_overwrites(config):
+    cfg = config(steps=2)
+    train.main(cfg)
+    train.main(dataclasses.replace(cfg, overwrite=True))
+    with pytest.raises(SystemExit, match="this very run"):
+        train.main(infra.cli(train.Config, train.PRESETS, [f"--config={cfg.out}/config.json"]))
+
+
+def test_too_little_held_out_text_is_refused_before_training(tmp_path, config):
+    (tmp_path / "tiny.txt").write_text("a few words, " * 40, encoding="utf-8")
+    cfg = config(text=str(tmp_path / "tiny.txt"), val_fraction=0.05)
+    with pytest.raises(SystemExit, match=r"tiny\.val: \d+ tokens: expected 33 or more"):
+        train.main(cfg)
+    assert not Path(cfg.out).exists()
+
+
 def test_resume_refuses_another_shape(config):
     cfg = config(steps=4)
     stopped_run(cfg, 2)
