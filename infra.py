@@ -252,6 +252,7 @@ def atomic(path):
 
 
 def write_json(path, obj):
+    """Plain types -> a JSON file, atomically."""
     with atomic(path) as f:
         f.write(json.dumps(obj, indent=1).encode())
 

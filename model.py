@@ -102,6 +102,8 @@ class Linear(nn.Linear):
 
 
 class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight (arXiv 1910.07467)."""
+
     def __init__(self, size, eps):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
@@ -165,6 +167,8 @@ def as_bias(keep, dtype):
 
 
 class Attention(nn.Module):
+    """Grouped-query attention (arXiv 2305.13245): H query heads share KV heads of keys and values; no biases."""
+
     def __init__(self, config, layer):
         super().__init__()
         d, D = config.hidden_size, config.head_size
@@ -210,6 +214,8 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
+    """Pre-norm residual block: attention, then the MLP."""
+
     def __init__(self, config, layer):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
@@ -405,8 +411,8 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
 
 
 def compiled(advance, device):
-    """The one-token step compiled: half a minute, then about twice as fast on a CPU. The weights are frozen into it, packed
-    for the matrix units, so it suits many tokens from one model, not a policy that changes at every step."""
+    """The one-token step compiled: half a minute, then about three times as fast on a CPU. The weights are frozen into
+    it, packed for the matrix units, so it suits many tokens from one model, not a policy that changes at every step."""
     if device.type != "cpu":
         return torch.compile(advance)
     torch._inductor.config.freezing = True  # must be global: the front end looks at it too
@@ -541,6 +547,7 @@ def bench(cfg):
 
 
 def main(cfg):
+    """The table, a benchmark, or text after a prompt."""
     if cfg.bench:
         result = bench(cfg)
         print(json.dumps(result))

@@ -151,6 +151,7 @@ def optimizer_state(model, optimizers):
 
 
 def load_optimizer_state(model, optimizers, saved):
+    """The way back: what optimizer_state returned, into these optimizers."""
     for o in optimizers:
         for name, p in model.named_parameters():
             if any(p is q for g in o.param_groups for q in g["params"]) and name in saved:
@@ -319,6 +320,7 @@ def begin(cfg, rt):
 
 
 def save(run):
+    """Checkpoint the run where it stands."""
     nano.save_checkpoint(run.out, run.model, run.step, run.consumed, "base", run.cfg.tokenizer,
                          optimizer_state(run.model, run.optimizers), dataclasses.asdict(run.cfg),
                          monitor=dict(norms=list(run.norms), skipped=run.skipped, seconds=run.seconds))
