@@ -63,7 +63,8 @@ def _comments(Config):
 
 
 def _help(Config, presets, program):
-    print(f"usage: python {program} [PRESET or DIR] [--key=value ...] [--config=FILE.toml]\n")
+    words = " [PRESET]" * bool(presets) + " [DIR]" * ("init" in Config.__dataclass_fields__)
+    print(f"usage: python {program}{words} [--key=value ...] [--config=FILE.toml]\n")
     if presets:
         print("presets (defaults that flags override):", ", ".join(presets), "\n")
     notes = _comments(Config)

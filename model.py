@@ -136,7 +136,7 @@ def attend_by_hand(q, k, v, bias):
     """The same for CPUs, where SDPA is slow at what small models need. Training, 32 rows of 64, 4 heads, forward and
     backward: 11.9 ms there, 1.7 ms here. Decoding, one query a row: 0.15 ms there, 0.1 ms here on a float32 cache.
 
-    The query heads of a group are stacked along T, so no key or value is copied. Two blocks of queries: the first never
+    The query heads of a group are stacked along T, so no key or value is repeated. Two blocks of queries: the first never
     meets the keys that only the second may see, and a quarter of a square of scores is left out.
     """
     B, H, T, D = q.shape

@@ -69,7 +69,8 @@ for _name in _LR:  # nothing below was trained here: the playbook's learning rat
                            steps=20_000)
 # Time to quality against nanoGPT's CPU recipe (README, "Measured"): rows of 64, whole-file validation.
 PRESETS["shakespeare"] = dict(max_position_embeddings=64, hidden_size=256, intermediate_size=768, num_hidden_layers=2,
-                              rope_theta=1000.0, no_rope_layer_interval=0, steps=120, batch_tokens=2048, lr=7e-3, decay=0.5, val_fraction=0.1)
+                              rope_theta=1000.0, no_rope_layer_interval=0, steps=120, batch_tokens=2048, lr=7e-3,
+                              decay=0.5, val_fraction=0.1)
 
 
 # --- optimizers and schedule -----------------------------------------------------------------------------------------
@@ -206,7 +207,7 @@ def forward_backward(model, batch, cfg, rt):
     count of the whole step: a mean of means would weigh tokens in short batches more.
     """
     ids, targets, docs = batch
-    count, rows, total = int((targets != -100).sum()), cfg.micro_batch or len(ids), 0.0
+    count, rows, total = max(1, int((targets != -100).sum())), cfg.micro_batch or len(ids), 0.0
     for i in range(0, len(ids), rows):
         d = docs[i : i + rows]
         nll, z = model(*to_device(rt, ids[i : i + rows], d if d.any() else None, targets[i : i + rows]))
