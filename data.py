@@ -450,12 +450,39 @@ def to_batch(rows, eos):
     return tuple(torch.from_numpy(np.ascontiguousarray(x, dtype=np.int64)) for x in batch)
 
 
+def parse_ranges(spec):
+    """"100:200,500:600" -> [(100, 200), (500, 600)], sorted."""
+    try:
+        ranges = sorted(tuple(int(end) for end in item.split(":")) for item in spec.split(",") if item)
+        ends = [end for pair in ranges for end in pair]
+        if ends != sorted(ends) or any(not 0 <= a < b for a, b in ranges):
+            raise ValueError
+    except ValueError:
+        raise ValueError(f'--skip_samples={spec}: expected "a:b" or "a:b,c:d", rows a to b - 1, without overlap') from None
+    return ranges
+
+
+def number(k, skip):
+    """The k-th row that is trained on -> its number in the run's order, where the ranges of `skip` are left out."""
+    for a, b in skip:
+        k += (b - a) * (k >= a)
+    return k
+
+
+def skipped(spec, k):
+    """The ranges of `spec` that a run has passed after k rows."""
+    ranges = parse_ranges(spec)
+    return [(a, b) for a, b in ranges if k and a < number(k - 1, ranges)]
+
+
 class Loader:
     """Row g of a run of total_samples rows, computed from g and seed alone, whatever the ranks, batch size and history.
     A stage is a shuffled pattern of SLOTS sources, repeated; the u-th row drawn from a source is row
-    u mod N of its shuffle number u // N, so every row comes once per epoch, across stages too."""
+    u mod N of its shuffle number u // N, so every row comes once per epoch, across stages too. With skip, "a:b,c:d", rows
+    a..b-1 and c..d-1 are not trained on, and those after them move up."""
 
-    def __init__(self, sources, mixture, seq_len, total_samples, seed):
+    def __init__(self, sources, mixture, seq_len, total_samples, seed, skip=""):
+        self.skip = parse_ranges(skip)
         self.sources, self.seq_len, self.seed, self.stages = sources, seq_len, seed, []
         self.n_rows = [count_rows(s.name + ".train", s.train, seq_len) for s in sources]
         self.mixture = parse_mixture(mixture, {s.name: len(s.train) for s in sources})
@@ -471,6 +498,9 @@ class Loader:
             self.stages.append((start, pattern, before, drawn))
             start = round(end * total_samples)
             drawn = self.drawn(start)
+
+    def number(self, k):
+        return number(k, self.skip)
 
     def stage(self, g):
         """Stage of row g: its first row, pattern (SLOTS,), before (SLOTS+1, S), rows drawn in earlier stages (S,)."""
@@ -495,10 +525,10 @@ class Loader:
         return f"{self.sources[s].name} row {row} (epoch {epoch})"
 
     def rows(self, start, n):
-        """Rows start .. start + n of the run -> (n, seq_len + 1) int64."""
+        """The start-th to (start + n)-th row that is trained on -> (n, seq_len + 1) int64."""
         out, T = np.empty((n, self.seq_len + 1), np.int64), self.seq_len
         for k in range(n):
-            s, row, _ = self.locate(start + k)
+            s, row, _ = self.locate(self.number(start + k))
             out[k] = self.sources[s].train[row * T:row * T + T + 1]
         return out
 

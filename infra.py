@@ -1,9 +1,9 @@
 """The machine. Top half: the runtime that every script shares. (Probes and the capacity planner will be the bottom half.)
 
     cli(Config, presets)    one dataclass -> `python X.py [preset] --key=value`, --help, --config=FILE.toml|json
-    setup(cfg)              device, dtype, threads, seed
+    setup(cfg)              device, dtype, threads, process groups, seed
     Log                     one line and one JSON row per logged step
-    atomic, Stop            what a run needs to survive: files that are whole or absent, signals that finish the step
+    atomic, lock, Stop      what a run needs to survive: files whole or absent, one writer, signals that finish the step
 
 Importing this file measures nothing and starts nothing.
 """
@@ -13,6 +13,7 @@ from types import SimpleNamespace
 from typing import get_type_hints
 
 import torch
+import torch.distributed as dist
 from tqdm import tqdm
 
 
@@ -108,9 +109,9 @@ def cli(Config, presets={}, argv=None):
             key = key.replace("-", "_")
             if key != "config":
                 check(key, f"--{key}")
-            if not eq:  # `--key value`; a bool never takes the next word, so `--compile tiny` keeps its preset
-                if kinds.get(key) is bool:
-                    value = "true"
+            if not eq:  # `--key value`; a switch never takes the next word, so `--compile tiny` keeps its preset
+                if kinds.get(key) is bool or getattr(Config, key, None) == "off":
+                    value = "true" if kinds[key] is bool else "on"
                 elif argv and not argv[0].startswith("--"):
                     value = argv.pop(0)
                 else:
@@ -134,7 +135,18 @@ def cli(Config, presets={}, argv=None):
         raise SystemExit(2) from None
 
 
-# --- device, dtype, threads ------------------------------------------------------------------------------------------
+# --- device, dtype, threads, process groups --------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Machine:
+    """The knobs that every script shares: what setup() reads, and compile."""
+    seed: int = 0                  # initialisation, order of the data, samples
+    device: str = "auto"           # auto, cpu, cuda, mps
+    dtype: str = "auto"            # of the matmuls: bfloat16 where the hardware multiplies it, else float32
+    compile: bool = False          # torch.compile: half a minute at first, pays on long runs
+    tp: int = 1                    # processes (torchrun) that share one model, tensor-parallel; all others are data-parallel
+    tp_same_seed: str = "off"      # on: SmolLM3's bug, refused by the check at the start; ignore: train with it
+
 
 def _native_bf16(device):
     """Does the hardware multiply bfloat16, or only emulate it? (torch's is_bf16_supported() says yes for emulation too.)"""
@@ -154,37 +166,148 @@ def _cores():
     return n
 
 
-def setup(cfg):
-    """Prepare this process. Reads cfg.device (auto|cpu|cuda|mps), cfg.dtype (auto|float32|bfloat16), cfg.seed.
+def _env(name, default):
+    """One of the numbers that torchrun leaves in the environment."""
+    return int(os.environ.get(name, default))
 
-    Returns a namespace: device, dtype (what the matmuls run in; weights, optimizer and loss stay float32), threads,
-    rank, world_size, name (of the hardware), peak (dense FLOP/s in that dtype, or None when nobody published one).
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        raise SystemExit("torchrun: only one process is supported so far: start with plain python")
+
+def _device(cfg):
+    """-> (device, dtype of the matmuls), or one line about what is wrong."""
     best = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         device = torch.device(best if cfg.device == "auto" else cfg.device)
+        if device.type == "cuda" and _env("WORLD_SIZE", 1) > 1:
+            device = torch.device("cuda", _env("LOCAL_RANK", 0))
         torch.empty(1, device=device)
     except Exception:  # torch raises anything from AssertionError to RuntimeError here
-        raise SystemExit(f"--device={cfg.device}: not usable on this machine: auto, cpu, cuda or mps expected") from None
+        raise SystemExit(f"--device={cfg.device}: not usable on this machine, by its process {_env('LOCAL_RANK', 0)}: "
+                         f"auto, cpu, cuda (a GPU for each process) or mps expected") from None
     if cfg.dtype not in ("auto", "float32", "bfloat16"):
         raise SystemExit(f"--dtype={cfg.dtype}: auto, float32 or bfloat16 expected")
-    dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}.get(cfg.dtype) or (
-        torch.bfloat16 if _native_bf16(device) else torch.float32)
-    if not 0 <= cfg.seed < 2**63:
-        raise SystemExit(f"--seed={cfg.seed}: 0 to 2**63 - 1 expected")
+    if cfg.dtype == "auto":
+        return device, torch.bfloat16 if _native_bf16(device) else torch.float32
+    return device, getattr(torch, cfg.dtype)
+
+
+def setup(cfg):
+    """Prepare this process, alone or under torchrun. Reads the fields of Machine.
+
+    Returns a namespace: device, dtype (what the matmuls run in; weights, optimizer and loss stay float32), threads, name (of
+    the hardware), peak (dense FLOP/s in that dtype, or None when nobody published one); rank, world_size, local_rank,
+    restarts (how often torchrun has started this job again); dp_rank, dp_size, dp_group; tp_rank, tp_size, tp_group.
+    A group of one process is None. Only rank 0 prints: stdout of the others leads nowhere; errors come from every rank.
+    """
+    rank, world, local_size = _env("RANK", 0), _env("WORLD_SIZE", 1), _env("LOCAL_WORLD_SIZE", 1)
+    device, dtype = _device(cfg)
+    if not 0 <= cfg.seed < 2**32:  # torch's CPU generator ignores higher bits: 2**32 would be 0 again
+        raise SystemExit(f"--seed={cfg.seed}: 0 to 2**32 - 1 expected")
+    if cfg.tp < 1 or world % cfg.tp:
+        raise SystemExit(f"--tp={cfg.tp}: a divisor of the number of processes, {world}, expected "
+                         f"(torchrun --nproc_per_node=N)")
+    if cfg.tp_same_seed not in ("off", "on", "ignore"):
+        raise SystemExit(f"--tp_same_seed={cfg.tp_same_seed}: off, on or ignore expected")
     if device.type == "cpu":
-        if "OMP_NUM_THREADS" not in os.environ:
-            torch.set_num_threads(_cores())
+        if os.environ.get("OMP_NUM_THREADS") in (None, "1" if local_size > 1 else None):  # torchrun sets 1 unasked
+            torch.set_num_threads(max(1, _cores() // local_size))
         _keep_freed_memory()
     else:
         torch.set_float32_matmul_precision("high")  # fp32 matmuls on CUDA's tensor cores (TF32), as PyTorch once did
-    torch.manual_seed(cfg.seed)  # only initialisation draws from it: data and sampling are functions of their own seeds
+    if rank:
+        sys.stdout = open(os.devnull, "w")
+    dp_group, tp_group = _groups(device, world, cfg.tp)
+    # Only initialisation draws from torch's generator; data and sampling are functions of their own seeds. TP ranks draw
+    # different shards of one model: with one seed SmolLM3's were equal, for ever, and it had to start over after 1T tokens.
+    torch.manual_seed(cfg.seed + TP_SEED_STRIDE * (rank % cfg.tp) * (cfg.tp_same_seed == "off"))
     cuda, threads = device.type == "cuda", torch.get_num_threads()
     name = torch.cuda.get_device_name(device) if cuda else f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}"
-    return SimpleNamespace(device=device, dtype=dtype, threads=threads, rank=0, world_size=1, name=name,
-                           peak=peak_flops(name) if cuda and dtype == torch.bfloat16 else None)
+    return SimpleNamespace(device=device, dtype=dtype, threads=threads, name=name,
+                           peak=peak_flops(name) if cuda and dtype == torch.bfloat16 else None,
+                           rank=rank, world_size=world, local_rank=_env("LOCAL_RANK", 0),
+                           restarts=_env("TORCHELASTIC_RESTART_COUNT", 0),
+                           dp_rank=rank // cfg.tp, dp_size=world // cfg.tp, dp_group=dp_group,
+                           tp_rank=rank % cfg.tp, tp_size=cfg.tp, tp_group=tp_group)
+
+
+TP_SEED_STRIDE = 1_000_003  # not 1: rank 1 of --seed=0 would draw what rank 0 of --seed=1 draws
+
+
+def _groups(device, world, tp):
+    """-> (data-parallel group, tensor-parallel group) of this process; None instead of a group of one."""
+    dp_group = tp_group = None
+    if world > 1:
+        if device.type == "cuda":
+            torch.cuda.set_device(device)
+        if not dist.is_initialized():
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        if tp > 1:  # neighbours share a model, for they share a machine and its NVLink
+            tp_group, _ = dist.new_subgroups_by_enumeration([list(range(i, i + tp)) for i in range(0, world, tp)])
+        if tp < world:
+            dp_group, _ = dist.new_subgroups_by_enumeration([list(range(i, world, tp)) for i in range(tp)])
+    return dp_group, tp_group
+
+
+def all_sum(rt, *numbers):
+    """Sums of Python numbers over all ranks, through the CPU."""
+    if rt.world_size > 1:
+        numbers = torch.tensor(numbers, dtype=torch.float64)
+        dist.all_reduce(numbers)
+        numbers = numbers.tolist()
+    return numbers
+
+
+def on_rank_0(rt, function, *args):
+    """function(*args), called by rank 0 alone; its result on every rank."""
+    box = [function(*args) if rt.rank == 0 else None]
+    if rt.world_size > 1:
+        dist.broadcast_object_list(box, device=torch.device("cpu"))
+    return box[0]
+
+
+@contextlib.contextmanager
+def in_turn(rt):
+    """`with in_turn(rt):` the first process of every machine goes first: what it writes, the others find."""
+    if rt.local_rank:
+        all_sum(rt, 0)
+    yield
+    if not rt.local_rank:
+        all_sum(rt, 0)
+
+
+def all_gather(rt, tensor):
+    """The equally shaped CPU tensors of all ranks, a list by rank."""
+    everyone = [torch.empty_like(tensor) for _ in range(rt.world_size)] if rt.world_size > 1 else [tensor]
+    if rt.world_size > 1:
+        dist.all_gather(everyone, tensor)
+    return everyone
+
+
+def launch(main, cfg):
+    """main(cfg), for scripts. Under torchrun the rank that failed first speaks, and torchrun's closing summary quotes it: the
+    others wait a moment, and are ended before they can add that somebody left them."""
+    try:
+        main(cfg)
+    except BaseException as e:
+        if "TORCHELASTIC_RUN_ID" in os.environ:
+            from torch.distributed.elastic.multiprocessing.errors import get_error_handler
+            if os.environ["RANK"] != "0" or not isinstance(e, SystemExit):  # what all find wrong, rank 0 says
+                time.sleep(3)
+            get_error_handler().record_exception(e)
+        raise
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def mark(rt):
+    """A point in the device's work; elapsed(a, b): seconds between two (on CUDA ask only after b has passed)."""
+    if rt.device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def elapsed(a, b):
+    return b - a if isinstance(a, float) else a.elapsed_time(b) / 1000
 
 
 def _keep_freed_memory():
@@ -258,6 +381,26 @@ def write_json(path, obj):
         f.write(json.dumps(obj, indent=1).encode())
 
 
+def lock(directory):
+    """Keep other processes from writing to `directory` (created if missing) while the returned file is open. The kernel
+    frees it however this process ends. Then removes what a killed process left half-written."""
+    directory = Path(directory)
+    directory.mkdir(parents=True, exist_ok=True)
+    file = open(directory / ".lock", "a+")
+    with contextlib.suppress(ImportError):  # Windows has no fcntl, and so no protection
+        import fcntl
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            file.seek(0)
+            raise SystemExit(f"{directory}: {file.read()} is writing here: another --out expected, or its end") from None
+    file.truncate(0)
+    print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
+    for leftover in directory.glob("*.tmp"):
+        leftover.unlink()
+    return file
+
+
 class Stop:
     """`with Stop() as stop:` SIGINT and SIGTERM only set stop.signal, so that the step is finished and saved.
 
@@ -298,16 +441,20 @@ def _finite(value):
 class Log:
     """Terminal and out/metrics.jsonl. A live bar only on a terminal; each printed line carries progress and ETA itself."""
 
-    def __init__(self, out, total, start=0, wandb=False, config=None):
-        """out: run directory; total: last step; start: steps already done (later rows of an older run are cut off)."""
+    def __init__(self, out, total, start=0, wandb=False, config=None, quiet=False):
+        """out: run directory; total: last step; start: steps already done (later rows of an older run are cut off).
+        quiet: write nothing (every rank but the first)."""
         self.path, self.total, self.start, self.clock = Path(out) / "metrics.jsonl", total, start, time.perf_counter()
+        self.wandb, terminal_only = None, True if quiet else None
+        self.bar = tqdm(total=total, initial=start, disable=terminal_only, leave=False, unit="step", dynamic_ncols=True)
+        if quiet:
+            self.file = open(os.devnull, "w")
+            return
         rows = self.path.read_text(encoding="utf-8").splitlines() if start and self.path.exists() else []
         kept = [r for r in rows if _is_row(r, start)]
         with atomic(self.path) as f:
             f.write("".join(r + "\n" for r in kept).encode())
         self.file = open(self.path, "a", encoding="utf-8")
-        self.bar = tqdm(total=total, initial=start, disable=None, leave=False, unit="step", dynamic_ncols=True)
-        self.wandb = None
         if wandb:
             try:
                 import wandb as module

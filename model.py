@@ -18,10 +18,11 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
-from infra import atomic, cli, peak_memory, setup
+from infra import Machine, atomic, cli, launch, peak_memory, setup
 
 
 # --- shape -----------------------------------------------------------------------------------------------------------
@@ -89,27 +90,114 @@ PRESETS = {
 }
 
 
+# --- tensor parallelism (Megatron-LM, arXiv 1909.08053) --------------------------------------------------------------
+# `tp` is a process group, or None. Its ranks share one model, read the same batch and hold a slice of every matrix, p.tp_dim
+# telling of which dimension: q, k, v, gate, up keep some outputs (0), o, down some inputs (1), embedding and head some of the
+# vocabulary (0); norms are whole on every rank (None). Two functions move all the data. With tp None they do nothing.
+
+class _Copy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, tp):
+        ctx.tp = tp
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad.clone(memory_format=torch.contiguous_format)  # all_reduce works in place, and autograd may share grad
+        dist.all_reduce(grad, group=ctx.tp)
+        return grad, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, tp):
+        x = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(x, group=tp)
+        return x
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None
+
+
+def tp_copy(x, tp):
+    """Megatron's f, where ranks start to differ: the same x on all of them, whose gradients are parts that must be summed."""
+    return x if tp is None else _Copy.apply(x, tp)
+
+
+def tp_sum(x, tp):
+    """Megatron's g, where they become equal again: parts are summed, and the sum's gradient is that of every part."""
+    return x if tp is None else _Sum.apply(x, tp)
+
+
+def shard(full, tp_dim, tp):
+    """This rank's slice of a tensor."""
+    return full if tp is None or tp_dim is None else full.chunk(tp.size(), tp_dim)[tp.rank()]
+
+
+def unshard(slices, tp_dims, tp):
+    """The way back for a list of tensors, in one all-gather; every rank of tp gets all of them whole."""
+    if tp is None or not slices:
+        return slices
+    mine = torch.cat([x.flatten() for x in slices])
+    everyone = [torch.empty_like(mine) for _ in range(tp.size())]
+    dist.all_gather(everyone, mine, group=tp)
+    parts = zip(*(flat.split([x.numel() for x in slices]) for flat in everyone))
+    return [x if d is None else torch.cat([p.view_as(x) for p in ranks], d) for x, d, ranks in zip(slices, tp_dims, parts)]
+
+
 # --- network ---------------------------------------------------------------------------------------------------------
 
-class Linear(nn.Linear):
+def matrix(rows, columns, tp, tp_dim):
+    """A parameter for this rank's slice of (rows, columns), its values still to come."""
+    shape = [rows, columns]
+    shape[tp_dim] //= tp.size() if tp else 1
+    parameter = nn.Parameter(torch.empty(shape))
+    parameter.tp_dim = tp_dim
+    return parameter
+
+
+class Linear(nn.Module):
     """No bias. The master weight stays float32 for the optimizer and is cast to the activations' dtype on use."""
 
-    def __init__(self, inputs, outputs):
-        super().__init__(inputs, outputs, bias=False)
+    def __init__(self, inputs, outputs, tp, tp_dim):
+        super().__init__()
+        self.weight = matrix(outputs, inputs, tp, tp_dim)
 
     def forward(self, x):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) · weight (arXiv 1910.07467)."""
+class Embedding(nn.Module):
+    """A rank finds the vectors of its part of the vocabulary, zeros for the rest: the sum over ranks has them all."""
 
-    def __init__(self, size, eps):
+    def __init__(self, size, width, tp):
         super().__init__()
-        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+        self.weight, self.tp = matrix(size, width, tp, 0), tp
+
+    def forward(self, ids, dtype):
+        if self.tp is None:
+            return F.embedding(ids, self.weight).to(dtype)
+        at, mine = self.mine(ids)
+        return tp_sum(F.embedding(at, self.weight).to(dtype) * mine[..., None], self.tp)
+
+    def mine(self, ids):
+        """ids -> (rows of this rank's slice, whether they are in it); row 0 where they are not."""
+        at = ids - (0 if self.tp is None else self.tp.rank() * len(self.weight))
+        mine = (at >= 0) & (at < len(self.weight))
+        return at.masked_fill(~mine, 0), mine
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) · weight (arXiv 1910.07467). tp: where every rank norms its own heads with one weight."""
+
+    def __init__(self, size, eps, tp=None):
+        super().__init__()
+        self.weight, self.eps, self.tp = nn.Parameter(torch.ones(size)), eps, tp
+        self.weight.tp_dim = None
 
     def forward(self, x):
-        return F.rms_norm(x, self.weight.shape, self.weight.to(x.dtype), self.eps)
+        return F.rms_norm(x, self.weight.shape, tp_copy(self.weight, self.tp).to(x.dtype), self.eps)
 
 
 def rotate(x, cos, sin):
@@ -169,21 +257,22 @@ def as_bias(keep, dtype):
 class Attention(nn.Module):
     """Grouped-query attention (arXiv 2305.13245): H query heads share KV heads of keys and values; no biases."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config, layer, tp):
         super().__init__()
         d, D = config.hidden_size, config.head_size
-        self.head_dim, self.use_rope = D, config.uses_rope(layer)
-        self.q_proj = Linear(d, config.num_attention_heads * D)
-        self.k_proj = Linear(d, config.num_key_value_heads * D)
-        self.v_proj = Linear(d, config.num_key_value_heads * D)
-        self.o_proj = Linear(config.num_attention_heads * D, d)
-        self.q_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(D, config.rms_norm_eps) if config.qk_norm else nn.Identity()
+        self.head_dim, self.use_rope, self.tp = D, config.uses_rope(layer), tp
+        self.q_proj = Linear(d, config.num_attention_heads * D, tp, 0)
+        self.k_proj = Linear(d, config.num_key_value_heads * D, tp, 0)
+        self.v_proj = Linear(d, config.num_key_value_heads * D, tp, 0)
+        self.o_proj = Linear(config.num_attention_heads * D, d, tp, 1)
+        self.q_norm = RMSNorm(D, config.rms_norm_eps, tp) if config.qk_norm else nn.Identity()
+        self.k_norm = RMSNorm(D, config.rms_norm_eps, tp) if config.qk_norm else nn.Identity()
 
     def forward(self, x, rope, masks, cache=None):
         """x (B, T, d). cache: (keys, values, at): two (B, KV, capacity, D), and the places (T,) that this call fills; the
-        mask says how many places are read."""
+        mask says how many places are read. Under tensor parallelism H and KV are this rank's heads."""
         B, T, _ = x.shape
+        x = tp_copy(x, self.tp)
         q = self.q_norm(self.q_proj(x).view(B, T, -1, self.head_dim))  # (B, T, H, D)
         k = self.k_norm(self.k_proj(x).view(B, T, -1, self.head_dim))  # (B, T, KV, D)
         v = self.v_proj(x).view(B, T, -1, self.head_dim)
@@ -197,31 +286,33 @@ class Attention(nn.Module):
             S = mask.shape[-1]
             k, v = keys[:, :, :S], values[:, :, :S]
         y = attend(q, k, v, mask)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
+        return tp_sum(self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), self.tp)
 
 
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202)."""
 
-    def __init__(self, config):
+    def __init__(self, config, tp):
         super().__init__()
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size)
+        self.tp = tp
+        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, tp, 0)
+        self.up_proj = Linear(config.hidden_size, config.intermediate_size, tp, 0)
+        self.down_proj = Linear(config.intermediate_size, config.hidden_size, tp, 1)
 
     def forward(self, x):
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+        x = tp_copy(x, self.tp)
+        return tp_sum(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), self.tp)
 
 
 class Block(nn.Module):
     """Pre-norm residual block: attention, then the MLP."""
 
-    def __init__(self, config, layer):
+    def __init__(self, config, layer, tp):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer)
+        self.self_attn = Attention(config, layer, tp)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config)
+        self.mlp = MLP(config, tp)
 
     def forward(self, x, rope, masks, cache=None):
         x = x + self.self_attn(self.input_layernorm(x), rope, masks, cache)
@@ -229,20 +320,26 @@ class Block(nn.Module):
 
 
 class Transformer(nn.Module):
-    """compute_dtype is the activations' dtype, float32 unless the caller sets it; parameters are float32, logits too."""
+    """compute_dtype is the activations' dtype, float32 unless the caller sets it; parameters are float32, logits too.
+
+    With tp every rank draws its own slices of the matrices, so the ranks' random numbers must differ: see infra.setup.
+    """
 
     compute_dtype = torch.float32
 
-    def __init__(self, config):
+    def __init__(self, config, tp=None, init=True):
         super().__init__()
         if not config.vocab_size:
             raise ValueError("vocab_size=0: the tokenizer's vocab_size expected")
-        self.config = config
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Block(config, i) for i in range(config.num_hidden_layers))
+        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
+            if tp is not None and getattr(config, name) % tp.size():
+                raise ValueError(f"--tp={tp.size()}: a divisor of {name}={getattr(config, name)} expected")
+        self.config, self.tp = config, tp
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, tp)
+        self.layers = nn.ModuleList(Block(config, i, tp) for i in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size)
-        for p in self.parameters():  # one plain normal for all matrices: OLMo 2 found it steadier than scaled schemes
+        self.lm_head = None if config.tie_word_embeddings else Linear(config.hidden_size, config.vocab_size, tp, 0)
+        for p in self.parameters() if init else ():  # one plain normal for all: OLMo 2 found it steadier than scaled schemes
             if p.dim() == 2:
                 nn.init.normal_(p, std=config.initializer_range)
 
@@ -254,7 +351,7 @@ class Transformer(nn.Module):
         -log p(target) in nats, and logsumexp², the z-loss (PaLM, arXiv 2204.02311) that keeps logits from drifting.
         Sums, not means: only the caller knows how many tokens the whole step has.
         """
-        x = self.embed_tokens(ids).to(self.compute_dtype)
+        x = self.embed_tokens(ids, self.compute_dtype)
         rope, masks = self.rope(torch.arange(ids.shape[1], device=ids.device)), self.masks(x, doc_ids)
         for layer in self.layers:
             x = layer(x, rope, masks)
@@ -277,16 +374,30 @@ class Transformer(nn.Module):
         masks = visible(T, x.device, doc_ids, window)[:, None], visible(T, x.device, doc_ids)[:, None]
         return tuple(as_bias(m, x.dtype) for m in masks) if by_hand else masks
 
-    def logits(self, x):
+    def own_logits(self, x):
+        """(B, T, this rank's part of V), float32."""
         weight = self.embed_tokens.weight if self.lm_head is None else self.lm_head.weight
-        return F.linear(self.norm(x), weight.to(x.dtype)).float()
+        return F.linear(tp_copy(self.norm(x), self.tp), weight.to(x.dtype)).float()
+
+    def logits(self, x):
+        logits, V = self.own_logits(x), self.config.vocab_size
+        if self.tp is None:
+            return logits
+        n = logits.shape[-1]  # each rank fills in its columns, and the sum has them all
+        return tp_sum(F.pad(logits, (n * self.tp.rank(), V - n * (self.tp.rank() + 1))), self.tp)
 
     def loss_sums(self, x, targets):
-        logits, counted = self.logits(x), targets != -100
-        target = targets.clamp(min=0)[..., None]
-        nll = -logits.log_softmax(dim=-1).gather(-1, target)
-        lse = logits.gather(-1, target) + nll  # log p = logit - logsumexp, so this is the true logsumexp
-        return nll[..., 0].masked_fill(~counted, 0).sum(), lse[..., 0].square().masked_fill(~counted, 0).sum()
+        logits, counted = self.own_logits(x), targets != -100
+        at, mine = self.embed_tokens.mine(targets)
+        picked = logits.gather(-1, at[..., None])[..., 0]
+        lse = picked - logits.log_softmax(dim=-1).gather(-1, at[..., None])[..., 0]  # log p = logit - logsumexp
+        target = picked * mine
+        if self.tp is not None:  # logsumexp over ranks; three numbers a token travel, not V
+            top = lse.detach().clone()
+            dist.all_reduce(top, dist.ReduceOp.MAX, group=self.tp)
+            total, target = tp_sum(torch.stack(((lse - top).exp(), target)), self.tp)
+            lse = top + total.log()  # the true one: the z-loss of a logsumexp without `top` would not see logits grow
+        return (lse - target).masked_fill(~counted, 0).sum(), lse.square().masked_fill(~counted, 0).sum()
 
     def step(self, ids, cache, at, positions, mask):
         """Next-token logits (B, V) after ids (B, T), whose keys and values are stored at places `at` (T,).
@@ -294,7 +405,7 @@ class Transformer(nn.Module):
         cache: per layer (keys, values), each (B, KV, capacity, D); positions (B, T) for RoPE; mask bool (B or 1, 1, T, S):
         who sees which of the first S places.
         """
-        x, rope, near = self.embed_tokens(ids).to(self.compute_dtype), self.rope(positions), mask
+        x, rope, near = self.embed_tokens(ids, self.compute_dtype), self.rope(positions), mask
         if self.config.sliding_window:
             place = torch.arange(mask.shape[-1], device=ids.device)
             near = mask & (at[:, None] - place < self.config.sliding_window)
@@ -340,7 +451,7 @@ def inference_copy(model):
     """The model with its weights in compute_dtype, so that decoding does not cast them anew at every token."""
     if all(p.dtype == model.compute_dtype for p in model.parameters()):
         return model
-    return copy.deepcopy(model).to(model.compute_dtype)
+    return copy.deepcopy(model, {id(model.tp): model.tp}).to(model.compute_dtype)  # a process group has no copies
 
 
 def sample(logits, u, temperature, top_k, top_p):
@@ -394,7 +505,7 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
         return sample(model.step(ids, cache, at, positions, mask), u, temperature, top_k, top_p)
 
     capacity, dtype = longest + max_new_tokens, torch.float32 if device.type == "cpu" else model.compute_dtype
-    shape = (B, c.num_key_value_heads, capacity, c.head_size)
+    shape = (B, c.num_key_value_heads // (model.tp.size() if model.tp else 1), capacity, c.head_size)
     cache = [[torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"] for _ in model.layers]
     place = torch.arange(capacity, device=device)
     positions, real = (place - pad[:, None]).clamp(min=0), (place >= pad[:, None])[:, None, None]  # (B, 1, 1, capacity)
@@ -450,15 +561,18 @@ def checkpoints(directory):
 
 def save_checkpoint(directory, model, step=0, consumed_samples=0, stage="base", tokenizer="bytes", optimizer=None,
                     train_config=None, monitor=None, keep=2):
-    """Write ckpt_<step>.pt (atomically) and then delete all but the newest `keep`.
+    """Write ckpt_<step>.pt (atomically) and then delete all but the newest `keep`. Every rank of model.tp calls, one writes.
 
     A dict of tensors and plain types: full float32 weights, so that any later stage, layout or program can read it.
     optimizer: {parameter name: {state name: tensor}}; monitor: what the training loop remembers besides (plain types).
     Two are kept, for the newest may turn out to be unreadable.
     """
-    state = dict(model={k: v.detach().to("cpu", torch.float32) for k, v in model.state_dict().items()},
-                 model_config=dataclasses.asdict(model.config), tokenizer=tokenizer, optimizer=optimizer or {}, step=step,
-                 consumed_samples=consumed_samples, stage=stage, train_config=train_config or {}, monitor=monitor or {})
+    weights = {n: unshard([p.detach()], [p.tp_dim], model.tp)[0].to("cpu", torch.float32) for n, p in model.named_parameters()}
+    if model.tp is not None and model.tp.rank():
+        return
+    state = dict(model=weights, model_config=dataclasses.asdict(model.config), tokenizer=tokenizer, optimizer=optimizer or {},
+                 step=step, consumed_samples=consumed_samples, stage=stage, train_config=train_config or {},
+                 monitor=monitor or {})
     path = Path(directory) / f"ckpt_{step:08d}.pt"
     with atomic(path) as f:
         torch.save(state, f)
@@ -467,8 +581,9 @@ def save_checkpoint(directory, model, step=0, consumed_samples=0, stage="base", 
     return path
 
 
-def load_checkpoint(directory, device="cpu"):
-    """Newest readable checkpoint in a run directory (or one .pt file) -> (model, everything else in the file)."""
+def load_checkpoint(directory, device="cpu", tp=None):
+    """Newest readable checkpoint in a run directory (or one .pt file) -> (model, or this rank's part of it over tp, and
+    everything else in the file)."""
     files = [Path(directory)] if Path(directory).is_file() else checkpoints(directory)
     if not files:
         raise SystemExit(f"{directory}: no checkpoint (ckpt_*.pt) here: a directory written by train.py expected")
@@ -477,33 +592,29 @@ def load_checkpoint(directory, device="cpu"):
             with zipfile.ZipFile(path) as z:  # torch does not look at the checksums that it writes
                 if z.testzip():
                     raise ValueError("checksum error")
-            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # ranks of a machine share the memory
             config, weights = Config(**state.pop("model_config")), state.pop("model")
             break
         except Exception as e:  # truncated, corrupt, foreign: half a dozen exception types
             print(f"WARNING: {path} is no readable checkpoint ({type(e).__name__}: {str(e)[:80]})", file=sys.stderr)
     else:
         raise SystemExit(f"{directory}: none of the {len(files)} checkpoints is readable")
-    with torch.device("meta"):  # no time spent on initialising what is overwritten, and no random numbers drawn
-        model = Transformer(config)
-    model.to_empty(device=device).load_state_dict(weights)
+    with torch.device(device):
+        model = Transformer(config, tp, init=False)
+    model.load_state_dict({n: shard(weights.pop(n), p.tp_dim, tp) for n, p in model.named_parameters()} | weights)
     return model, state
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
 
 @dataclass
-class Options(Config):
+class Options(Config, Machine):
     init: str = ""               # run directory, e.g. out/base
     prompt: str = ""             # text to continue
     max_new_tokens: int = 256    # length of the continuation
     temperature: float = 0.8     # 0: greedy
     top_k: int = 0               # sample among the k likeliest; 0: all
     top_p: float = 1.0           # sample among the likeliest that hold this probability
-    seed: int = 0                # same seed, same text
-    device: str = "auto"         # auto, cpu, cuda, mps
-    dtype: str = "auto"          # auto, float32, bfloat16
-    compile: bool = False        # compile the decoding step (half a minute once)
     bench: bool = False          # measure decoding on random weights
     batch: int = 32              # --bench: rows
     prompt_tokens: int = 32      # --bench: tokens in each prompt
@@ -528,7 +639,7 @@ def table():
 def bench(cfg):
     """Decoding speed: full sampling, every row runs to the end."""
     rt = setup(cfg)
-    model = Transformer(shape_of(cfg)).to(rt.device, rt.dtype)
+    model = Transformer(shape_of(cfg), rt.tp_group).to(rt.device, rt.dtype)
     model.compute_dtype = rt.dtype
     ids = np.random.default_rng(cfg.seed).integers(0, min(256, cfg.vocab_size), (cfg.batch, cfg.prompt_tokens)).tolist()
     seconds = []
@@ -557,7 +668,7 @@ def main(cfg):
         return {}
     from data import get_tokenizer  # the one look to the right: text needs a tokenizer, and only this command needs text
     rt = setup(cfg)
-    model, extra = load_checkpoint(cfg.init, rt.device)
+    model, extra = load_checkpoint(cfg.init, rt.device, rt.tp_group)
     model.compute_dtype = rt.dtype
     tokenizer = get_tokenizer(extra["tokenizer"])
     text, utf8 = [], codecs.getincrementaldecoder("utf-8")("replace")
@@ -573,4 +684,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(cli(Options, PRESETS))
+    launch(main, cli(Options, PRESETS))

@@ -4,26 +4,28 @@
     python train.py shakespeare --text=input.txt           one file of text, as quick as it gets
     python train.py small --text='books/*.txt' --steps=2000 --compile
     python train.py --resume                               after Ctrl-C, SIGTERM or a crash: the same run, bit for bit
+    torchrun --nproc_per_node=4 train.py --tp=2            4 processes: 2 replicas (data-parallel), each a model in 2 halves
     python train.py smollm3-3b --bench --vocab_size=128256 throughput of a shape on this machine, one JSON line
 
 Read main() first: it is the whole story. A step is an optimizer step. Everything random is a function of (seed, sample
 index), so the only state of the data is one integer, and evaluating more often changes nothing.
 """
-import dataclasses, gc, json, lzma, math, statistics, sys, time
+import contextlib, dataclasses, gc, json, lzma, math, statistics, sys, time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
 import torch
+import torch.distributed as dist
 from torch import nn
 
-import data, model as nano
-from infra import Log, Stop, cli, peak_memory, setup, write_json
+import data, infra, model as nano
+from infra import Log, Machine, Stop, all_gather, all_sum, in_turn, on_rank_0
 
 
 @dataclass
-class Config(nano.Config):
+class Config(nano.Config, Machine):
     vocab_size: int = 0            # rows of the embedding; 0: the tokenizer's
     # data
     text: str = ""                 # file, folder or glob of your own text, NAME=PATH,... for several; default: built in
@@ -32,10 +34,11 @@ class Config(nano.Config):
     tokenizer: str = "bytes"       # bytes, or a tiktoken name such as gpt2 (downloads its vocabulary once)
     mixture: str = ""              # smollm3, "text=0.8,code=0.2", or stages "0.7:...;1.0:..."; default: smollm3 or by size
     val_fraction: float = 0.05     # held out, by document
+    skip_samples: str = ""         # "a:b,c:d": leave out rows a to b-1 of the run's order (after a loss spike)
     # optimization
     steps: int = 1400              # optimizer steps
     batch_tokens: int = 2048       # tokens per step; rows are max_position_embeddings long
-    micro_batch: int = 0           # rows per forward pass (less memory, same result); 0: the whole step at once
+    micro_batch: int = 0           # rows per forward pass and process (less memory, same result); 0: all of them at once
     optimizer: str = "muon"        # muon (hidden matrices; AdamW for the rest) or adamw
     lr: float = 4e-3               # peak learning rate; for muon scaled to AdamW's update size, so one value serves both
     weight_decay: float = 0.1      # on matrices, not on embeddings and norms
@@ -44,13 +47,8 @@ class Config(nano.Config):
     decay: float = 0.4             # fraction of the steps that wsd spends decaying
     grad_clip: float = 1.0         # largest gradient norm
     z_loss: float = 1e-5           # weight of logsumexp squared
-    seed: int = 0                  # initialisation and data order
-    # machine
-    device: str = "auto"           # auto, cpu, cuda, mps
-    dtype: str = "auto"            # of the matmuls: bfloat16 where the hardware multiplies it, else float32
-    compile: bool = False          # torch.compile each block: pays on long runs
-    bench: bool = False            # measure speed on random tokens, then stop
     # run
+    bench: bool = False            # measure speed on random tokens, then stop
     init: str = ""                 # start from this checkpoint's weights and shape
     out: str = "out/base"          # run directory
     resume: bool = False           # go on from the newest checkpoint in out, if there is one
@@ -92,36 +90,40 @@ class Muon(torch.optim.Optimizer):
     """Muon (arXiv 2502.16982): replace a matrix's momentum by the nearest orthogonal matrix, so that all directions learn.
 
     The same numbers as torch.optim.Muon(adjust_lr_fn="match_rms_adamw"), which loops over matrices; here equal shapes
-    go through Newton-Schulz together: 28 small matrices on 2 CPU cores, 22.7 -> 8.8 ms a step.
+    go through Newton-Schulz together: 28 small matrices on 2 CPU cores, 22.7 -> 8.8 ms a step. Under tensor parallelism
+    every rank gathers the whole update first, for the orthogonal matrix nearest to a shard is no shard of the nearest one.
     """
 
-    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95):
+    def __init__(self, params, lr, weight_decay=0.1, momentum=0.95, tp=None):
         super().__init__(params, dict(lr=lr, weight_decay=weight_decay, momentum=momentum))
+        self.tp = tp
 
     @torch.no_grad()
     def step(self):
         for group in self.param_groups:
             lr, beta, same = group["lr"], group["momentum"], {}
-            params = [p for p in group["params"] if p.grad is not None]
-            for p in params:
-                same.setdefault(tuple(sorted(p.shape)), []).append(p)
+            for p in (p for p in group["params"] if p.grad is not None):
                 if not self.state[p]:
                     self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+                p_dim = getattr(p, "tp_dim", None)
+                whole = [size * (self.tp.size() if self.tp and dim == p_dim else 1) for dim, size in enumerate(p.shape)]
+                same.setdefault(tuple(sorted(whole)), []).append((p, p_dim))
             for (short, long), members in same.items():
                 for i in range(0, len(members), n := max(1, 2**26 // (short * long))):  # bounds the stack's memory
-                    grads = [p.grad for p in members[i : i + n]]
-                    momenta = [self.state[p]["momentum_buffer"] for p in members[i : i + n]]
+                    params, dims = zip(*members[i : i + n])
+                    grads, momenta = [p.grad for p in params], [self.state[p]["momentum_buffer"] for p in params]
                     torch._foreach_lerp_(momenta, grads, 1 - beta)
-                    updates = torch._foreach_lerp(grads, momenta, beta)  # Nesterov
+                    updates = [u.bfloat16() for u in torch._foreach_lerp(grads, momenta, beta)]  # Nesterov
+                    updates = nano.unshard(updates, dims, self.tp)
                     flat = orthogonalize(torch.stack([u if u.shape[0] == short else u.T for u in updates]))
-                    torch._foreach_mul_(members[i : i + n], 1 - lr * group["weight_decay"])
-                    for p, u in zip(members[i : i + n], flat):
-                        p.add_(u if p.shape[0] == short else u.T, alpha=-lr * 0.2 * math.sqrt(long))
+                    torch._foreach_mul_(params, 1 - lr * group["weight_decay"])
+                    for p, dim, u, whole in zip(params, dims, flat, updates):
+                        u = nano.shard(u if whole.shape[0] == short else u.T, dim, self.tp)
+                        p.add_(u, alpha=-lr * 0.2 * math.sqrt(long))
 
 
 def orthogonalize(x, steps=5):
-    """x (n, short, long) -> about U Vᵀ of each, singular values near 1: Newton-Schulz, a quintic polynomial in bf16."""
-    x = x.bfloat16()
+    """x (n, short, long), bf16 -> about U Vᵀ of each, singular values near 1: Newton-Schulz, a quintic polynomial."""
     x = x / x.norm(dim=(1, 2), keepdim=True).clamp(min=1e-7)
     for _ in range(steps):
         gram = x @ x.mT
@@ -142,22 +144,28 @@ def make_optimizers(model, cfg):
     decayed = head if muon else hidden + head
     groups = [dict(params=rest, weight_decay=0.0)] + [dict(params=decayed, weight_decay=cfg.weight_decay)] * bool(decayed)
     adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    return [Muon(hidden, cfg.lr, cfg.weight_decay), adamw] if muon else [adamw]
+    return [Muon(hidden, cfg.lr, cfg.weight_decay, tp=model.tp), adamw] if muon else [adamw]
 
 
 def optimizer_state(model, optimizers):
-    """{parameter name: {state name: tensor}}: by name, so that it survives another order, optimizer split or layout."""
-    state = {p: s for o in optimizers for p, s in o.state.items()}
-    return {n: {k: v.detach().cpu() for k, v in state[p].items()} for n, p in model.named_parameters() if p in state}
+    """{parameter name: {state name: whole tensor}}, on the CPU: by name and without shards, so that it survives another
+    order, optimizer split or layout. Every rank of model.tp takes part."""
+    state, result = {p: s for o in optimizers for p, s in o.state.items()}, {}
+    for name, p in model.named_parameters():
+        if p in state:
+            result[name] = {k: nano.unshard([v], [p.tp_dim if v.shape == p.shape else None], model.tp)[0].detach().cpu()
+                            for k, v in state[p].items()}
+    return result
 
 
 def load_optimizer_state(model, optimizers, saved):
-    """The way back: what optimizer_state returned, into these optimizers."""
+    """The way back: what optimizer_state returned, or this rank's part of it, into these optimizers."""
     for o in optimizers:
         for name, p in model.named_parameters():
             if any(p is q for g in o.param_groups for q in g["params"]) and name in saved:
-                # AdamW's step counter stays where its other states are; fused AdamW wants it on the device too
-                o.state[p] = {k: v.clone().to(p.device) for k, v in saved[name].items()}
+                # AdamW's step counter, a scalar, stays where its other states are: fused AdamW wants it on the device too
+                o.state[p] = {k: nano.shard(v, p.tp_dim if v.dim() else None, model.tp).clone().to(p.device)
+                              for k, v in saved[name].items()}
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -168,10 +176,12 @@ def evaluate(model, sources, cfg, rt, max_tokens=2**17):
     T, result = cfg.max_position_embeddings, {}
     for s in sources:
         nll, count = 0.0, 0
-        for ids, targets, docs in data.val_batches(s, T, max(1, 16384 // T), limit=max_tokens // T):
-            count += int((targets != -100).sum())
-            docs = docs if docs.any() else None
-            nll += float(model(*to_device(rt, ids, docs, targets))[0])
+        for i, (ids, targets, docs) in enumerate(data.val_batches(s, T, max(1, 16384 // T), limit=max_tokens // T)):
+            if i % rt.dp_size == rt.dp_rank:  # replicas share the work
+                count += int((targets != -100).sum())
+                docs = docs if docs.any() else None
+                nll += float(model(*to_device(rt, ids, docs, targets))[0])
+        nll, count = all_sum(rt, nll, count)
         loss = nll / count
         result[s.name] = (loss, loss / math.log(2) * s.val_meta["tokens"] / s.val_meta["bytes"])
     return result
@@ -200,20 +210,41 @@ def to_device(rt, *tensors):
     return [t if t is None else t.pin_memory().to(rt.device, non_blocking=True) for t in tensors]
 
 
-def forward_backward(model, batch, cfg, rt):
-    """Gradients of the step's mean loss over its counted tokens -> that loss (a tensor, nats per token).
+def forward_backward(model, batch, cfg, rt, forwards=None):
+    """Gradients of the step's mean loss over its counted tokens -> this replica's part of that loss (a tensor, nats per
+    token; the parts of all replicas add up to it). `forwards`, a list, receives (begin, end) marks of each forward pass.
 
-    Micro-batches differ in how many tokens count (labels after an EOS do not), so each adds its sum divided by the
-    count of the whole step: a mean of means would weigh tokens in short batches more.
+    Micro-batches and replicas differ in how many tokens count (labels after an EOS do not), so each adds its sum divided
+    by the count of the whole step: a mean of means would weigh tokens in short batches more.
     """
     ids, targets, docs = batch
-    count, rows, total = max(1, int((targets != -100).sum())), cfg.micro_batch or len(ids), 0.0
+    count = max(1, all_sum(rt, int((targets != -100).sum()))[0] / rt.tp_size)  # TP ranks hold the same batch
+    rows, total = cfg.micro_batch or len(ids), 0.0
     for i in range(0, len(ids), rows):
-        d = docs[i : i + rows]
-        nll, z = model(*to_device(rt, ids[i : i + rows], d if d.any() else None, targets[i : i + rows]))
-        ((nll + cfg.z_loss * z) / count).backward()
+        d, begin = docs[i : i + rows], infra.mark(rt)
+        silent = rt.dp_group is not None and i + rows < len(ids)  # replicas exchange gradients once, in the last backward
+        with model.no_sync() if silent else contextlib.nullcontext():
+            nll, z = model(*to_device(rt, ids[i : i + rows], d if d.any() else None, targets[i : i + rows]))
+            if forwards is not None:
+                forwards.append((begin, infra.mark(rt)))
+            ((nll + cfg.z_loss * z) * rt.dp_size / count).backward()  # DDP takes the mean over replicas: times their number
         total = total + nll.detach()
     return total / count
+
+
+def clip_grad_norm(model, max_norm, rt):
+    """Scale the gradients to at most max_norm; returns the norm before. Parameters that TP ranks share count once: were
+    every rank to sum what it holds, ranks would scale differently and their norm weights drift apart."""
+    grads = {True: [], False: []}
+    for p in model.parameters():
+        if p.grad is not None:
+            grads[p.tp_dim is not None].append(p.grad)
+    square = nn.utils.get_total_norm(grads[True]).square()
+    if rt.tp_group is not None:
+        dist.all_reduce(square, group=rt.tp_group)
+    norm = (square + nn.utils.get_total_norm(grads[False]).square()).sqrt()
+    nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
+    return norm
 
 
 def is_spike(loss, norm, norms):
@@ -223,12 +254,14 @@ def is_spike(loss, norm, norms):
 
 # --- the run ---------------------------------------------------------------------------------------------------------
 
-NOT_THE_EXPERIMENT = {"resume", "overwrite", "wandb", "bench", "log_every", "eval_every", "save_every", "device", "compile"}
+NOT_THE_EXPERIMENT = {"resume", "overwrite", "wandb", "bench", "log_every", "eval_every", "save_every", "device", "compile",
+                      "tp"}
 
 
-def check(cfg):
+def check(cfg, rt):
     """Errors that would otherwise surface deep inside, or not at all."""
-    T, rows = cfg.max_position_embeddings, cfg.batch_tokens // cfg.max_position_embeddings
+    T = cfg.max_position_embeddings
+    rows = cfg.batch_tokens // T // rt.dp_size  # of one replica
     for bad, message in (
             (cfg.optimizer not in ("muon", "adamw"), f"--optimizer={cfg.optimizer}: muon or adamw expected"),
             (cfg.schedule not in ("wsd", "cosine", "multistep"),
@@ -236,8 +269,8 @@ def check(cfg):
             (min(cfg.steps, cfg.log_every, cfg.eval_every, cfg.save_every) < 1, "--steps, --*_every: at least 1 expected"),
             (cfg.lr <= 0 or cfg.grad_clip <= 0, "--lr, --grad_clip: more than 0 expected"),
             (not 0 <= cfg.warmup <= 1 or not 0 <= cfg.decay <= 1, "--warmup, --decay: 0 to 1, a share of the run, expected"),
-            (cfg.batch_tokens % T or rows < 1,
-             f"--batch_tokens={cfg.batch_tokens}: a multiple of --max_position_embeddings={T} expected"),
+            (cfg.batch_tokens % (T * rt.dp_size) or rows < 1, f"--batch_tokens={cfg.batch_tokens}: a multiple of "
+             f"--max_position_embeddings={T}" + f" times {rt.dp_size} replicas" * (rt.dp_size > 1) + " expected"),
             (cfg.micro_batch < 0 or cfg.micro_batch and rows % cfg.micro_batch,
              f"--micro_batch={cfg.micro_batch}: a divisor of the step's {rows} rows expected"),
             (cfg.resume and cfg.overwrite, "--resume and --overwrite: one of them expected")):
@@ -246,7 +279,7 @@ def check(cfg):
 
 
 def claim(out, cfg):
-    """May this run write to `out`? Refuses where another run would suffer; True when there is one to resume."""
+    """May this run write to `out`? Refuses where another run would suffer -> whether there is one to resume."""
     files = nano.checkpoints(out)
     if files and not cfg.resume and not cfg.overwrite:
         before = json.loads((out / "config.json").read_text(encoding="utf-8")) if (out / "config.json").exists() else {}
@@ -261,7 +294,7 @@ def claim(out, cfg):
 def build(cfg, rt, tokenizer, start_from=""):
     """-> (model on the device, what else was in the checkpoint). Shape from the checkpoint where there is one."""
     if start_from:
-        model, extra = nano.load_checkpoint(start_from, rt.device)
+        model, extra = nano.load_checkpoint(start_from, rt.device, rt.tp_group)
         if extra["tokenizer"] != cfg.tokenizer:
             raise SystemExit(f"--tokenizer={cfg.tokenizer}: {start_from} was trained with {extra['tokenizer']}")
         model.config.max_position_embeddings = cfg.max_position_embeddings  # row length is a choice of the run, not a shape
@@ -269,7 +302,10 @@ def build(cfg, rt, tokenizer, start_from=""):
         if 0 < cfg.vocab_size < tokenizer.vocab_size:
             raise SystemExit(f"--vocab_size={cfg.vocab_size}: at least the tokenizer's {tokenizer.vocab_size} expected")
         shape = dataclasses.replace(nano.shape_of(cfg), vocab_size=cfg.vocab_size or tokenizer.vocab_size)
-        model, extra = nano.Transformer(shape).to(rt.device), {}
+        model, extra = nano.Transformer(shape, rt.tp_group).to(rt.device), {}
+        for p in model.parameters():
+            if rt.tp_group is not None and p.tp_dim is None:  # drawn by every rank with its own seed, but one for all
+                dist.broadcast(p.data, group_src=0, group=rt.tp_group)
     model.compute_dtype = rt.dtype
     if cfg.compile:
         options = nano.CPU_COMPILE if rt.device.type == "cpu" else None
@@ -279,18 +315,63 @@ def build(cfg, rt, tokenizer, start_from=""):
     return model, extra
 
 
+def data_parallel(model, cfg, rt):
+    """Replicas that average their gradients. Without process_group=, DDP would make every rank equal to rank 0 at the
+    start: the shards of tensor parallelism too."""
+    if rt.dp_group is None:
+        return model
+    replica = nn.parallel.DistributedDataParallel(model, process_group=rt.dp_group, gradient_as_bucket_view=True)
+    # After its first backward DDP puts gradients into other buckets, and of three or more replicas' gradients the sum depends
+    # on the place in a bucket. Without this rehearsal a resumed run would not end with the bits of an undisturbed one.
+    rows = cfg.micro_batch or cfg.batch_tokens // cfg.max_position_embeddings // rt.dp_size
+    ids = torch.zeros(rows, cfg.max_position_embeddings, dtype=torch.long, device=rt.device)
+    replica(ids, None, ids)[0].backward()
+    model.zero_grad(set_to_none=True)
+    return replica
+
+
+def check_ranks(model, rt, step):
+    """What must hold between the processes before they train -> a list of complaints, the same on all of them.
+
+    Shards that are equal on two TP ranks get equal gradients and stay equal for ever: SmolLM3 trained 1T tokens with the
+    capacity of a model half as large before anybody saw it (playbook, "The training marathon", mystery 4).
+    """
+    def sample(p):
+        return p.detach().flatten()[:256].float().cpu()
+    complaints, steps = [], all_gather(rt, torch.tensor([step]))
+    if any(int(s) != step for s in steps):
+        complaints.append(f"the ranks stand at steps {[int(s) for s in steps]}: one --out that all of them can read expected")
+    for name, p in model.named_parameters():
+        ranks = all_gather(rt, sample(p))  # neighbours in this list are the TP ranks of one replica
+        for rank, mine in enumerate(ranks):
+            twin = rank % rt.tp_size if p.tp_dim is not None else 0
+            if not torch.equal(mine, ranks[twin]):
+                complaints.append(f"{name} of rank {rank} is not what it is on rank {twin}")
+            for other in range(rank % rt.tp_size) if p.tp_dim is not None else ():
+                if (mine - ranks[other]).norm() < 0.1 * mine.norm():  # of independent draws: 1.4
+                    complaints.append(f"{name} holds the same shard on TP ranks {other} and {rank % rt.tp_size}")
+    return complaints
+
+
 def begin(cfg, rt):
     """Data, model, optimizers and where the run stands: everything main() needs, new or from the newest checkpoint."""
     out, rows = Path(cfg.out), cfg.batch_tokens // cfg.max_position_embeddings
-    resuming = claim(out, cfg)
+    locked = infra.lock(out) if rt.rank == 0 else None
+    resuming = on_rank_0(rt, claim, out, cfg)
     try:
-        tokenizer = data.get_tokenizer(cfg.tokenizer)
-        sources = data.prepare(text=cfg.text, jsonl=cfg.jsonl, hf=cfg.hf, tokenizer=cfg.tokenizer,
-                               val_fraction=cfg.val_fraction, out=out.parent / "data")
-        loader = data.Loader(sources, cfg.mixture, cfg.max_position_embeddings, cfg.steps * rows, cfg.seed)
+        with in_turn(rt):
+            tokenizer = data.get_tokenizer(cfg.tokenizer)
+            sources = data.prepare(text=cfg.text, jsonl=cfg.jsonl, hf=cfg.hf, tokenizer=cfg.tokenizer,
+                                   val_fraction=cfg.val_fraction, out=out.parent / "data")
+        loader = data.Loader(sources, cfg.mixture, cfg.max_position_embeddings, cfg.steps * rows, cfg.seed, cfg.skip_samples)
         for s in sources:  # better now than at the first evaluation
             data.count_rows(f"{s.name}.val", s.val, cfg.max_position_embeddings)
         model, extra = build(cfg, rt, tokenizer, out if resuming else cfg.init)
+        step, consumed = (extra["step"], extra["consumed_samples"]) if resuming else (0, 0)
+        before = extra["train_config"].get("skip_samples", "") if resuming else ""
+        if data.skipped(before, consumed) != data.skipped(cfg.skip_samples, consumed):
+            raise ValueError(f"--skip_samples={cfg.skip_samples}: {out} stands at row {consumed} and has skipped "
+                             f"{before or 'nothing'}: only ranges after that row can change")
     except ValueError as e:
         raise SystemExit(str(e)) from None
     shape = dataclasses.asdict(model.config)
@@ -299,38 +380,84 @@ def begin(cfg, rt):
         raise SystemExit(f"--resume: {out} has {', '.join(f'{k}={shape[k]}' for k in other)}: the same expected, "
                          f"or --init={out} and another --out")
     cfg = dataclasses.replace(cfg, **shape)  # config.json records what is trained
-    run = SimpleNamespace(cfg=cfg, out=out, rows=rows, tokenizer=tokenizer, sources=sources, loader=loader, model=model,
-                          optimizers=make_optimizers(model, cfg), step=0, consumed=0, norms=deque(maxlen=100), skipped=0,
-                          seconds=0.0)
-    if cfg.overwrite:  # only now: an error above would have cost the old run and started no new one
-        for f in [*nano.checkpoints(out), out / "metrics.jsonl"]:
-            f.unlink(missing_ok=True)
-    out.mkdir(parents=True, exist_ok=True)
+    run = SimpleNamespace(cfg=cfg, rt=rt, out=out, locked=locked, rows=rows, tokenizer=tokenizer, sources=sources,
+                          loader=loader, model=model, replica=data_parallel(model, cfg, rt),
+                          optimizers=make_optimizers(model, cfg), step=step, consumed=consumed, norms=deque(maxlen=100), skipped=0, seconds=0.0,
+                          pace=deque(maxlen=100), warned=set())
     if resuming:
         load_optimizer_state(model, run.optimizers, extra["optimizer"])
-        run.step, run.consumed, run.skipped = extra["step"], extra["consumed_samples"], extra["monitor"]["skipped"]
         run.norms.extend(extra["monitor"]["norms"])
-        run.seconds = extra["monitor"]["seconds"]
-    write_json(out / "config.json", dataclasses.asdict(cfg) | dict(resume=False, overwrite=False))  # a repeat deletes nothing
-    run.log = Log(out, cfg.steps, run.step, cfg.wandb, dataclasses.asdict(cfg))
-    memory = nano.training_bytes(model.config, cfg.max_position_embeddings * (cfg.micro_batch or rows)) / 2**30
-    run.log.say(f"{nano.num_params(model.config):,} parameters, {cfg.steps:,} steps of {cfg.batch_tokens:,} tokens, about "
-                f"{memory:.1f} GiB | {', '.join(f'{s.name} {len(s.train) / 1e6:.1f}M' for s in sources)} tokens | {rt.name}, "
-                f"{str(rt.dtype)[6:]}" + (f" | resuming after step {run.step}" if resuming else ""))
+        run.skipped, run.seconds = extra["monitor"]["skipped"], extra["monitor"]["seconds"]
+    complaints = check_ranks(model, rt, step)
+    if complaints and cfg.tp_same_seed != "ignore":
+        raise SystemExit(f"{len(complaints)} faults, so there is no training: {'; '.join(complaints[:3])}; ... "
+                         f"(a demonstration: --tp_same_seed=ignore)")
+    if rt.rank == 0:
+        if cfg.overwrite:  # only now: an error above would have cost the old run and started no new one
+            for f in [*nano.checkpoints(out), out / "metrics.jsonl"]:
+                f.unlink(missing_ok=True)
+        # without the flags: repeating the run deletes nothing
+        infra.write_json(out / "config.json", dataclasses.asdict(cfg) | dict(resume=False, overwrite=False))
+    run.log = Log(out, cfg.steps, run.step, cfg.wandb, dataclasses.asdict(cfg), quiet=rt.rank > 0)
+    run.log.say(headline(run) + f" | resuming after step {step}" * resuming)
+    if complaints:
+        run.log.say(f"WARNING: training with {len(complaints)} faults: {'; '.join(complaints[:2])}; ...")
     return run
 
 
+def headline(run):
+    """What is trained, on what, where."""
+    cfg, rt, T = run.cfg, run.rt, run.cfg.max_position_embeddings
+    memory = nano.training_bytes(run.model.config, T * (cfg.micro_batch or run.rows // rt.dp_size)) / rt.tp_size / 2**30
+    return (f"{nano.num_params(run.model.config):,} parameters, {cfg.steps:,} steps of {cfg.batch_tokens:,} tokens, about "
+            f"{memory:.1f} GiB | {', '.join(f'{s.name} {len(s.train) / 1e6:.1f}M' for s in run.sources)} tokens | {rt.name}, "
+            f"{str(rt.dtype)[6:]}" + f" | {rt.dp_size} data-parallel x {rt.tp_size} tensor-parallel" * (rt.world_size > 1))
+
+
 def save(run):
-    """Checkpoint the run where it stands."""
-    nano.save_checkpoint(run.out, run.model, run.step, run.consumed, "base", run.cfg.tokenizer,
-                         optimizer_state(run.model, run.optimizers), dataclasses.asdict(run.cfg),
-                         monitor=dict(norms=list(run.norms), skipped=run.skipped, seconds=run.seconds))
+    """Checkpoint the run where it stands. A full disk costs this checkpoint, not the run: True if it was written."""
+    try:
+        if run.rt.dp_rank == 0:
+            nano.save_checkpoint(run.out, run.model, run.step, run.consumed, "base", run.cfg.tokenizer,
+                                 optimizer_state(run.model, run.optimizers), dataclasses.asdict(run.cfg),
+                                 monitor=dict(norms=list(run.norms), skipped=run.skipped, seconds=run.seconds))
+    except OSError as e:
+        saved = [int(f.stem[5:]) for f in nano.checkpoints(run.out)]
+        run.log.say(f"WARNING: step {run.step} was not saved: {e}; the last checkpoint is of step {max(saved, default='none')}")
+        return False
+    return True
+
+
+def pace(run, waited, forwards, seconds):
+    """How steadily the run goes -> (fields of a metrics row, warnings that are new). Playbook, mysteries 1 and 2: the mean
+    hid steps at a tenth of the speed. `waited`: seconds for data in the last `seconds`; forwards: marks of forward passes.
+    """
+    rt, speeds = run.rt, sorted(run.cfg.batch_tokens / s for s in run.pace)
+    mine = torch.tensor([waited / seconds, sum(infra.elapsed(a, b) for a, b in forwards)], dtype=torch.float64)
+    wait, forward = torch.stack(all_gather(rt, mine)).T
+    slowest, lag = int(forward.argmax()), float(forward.max() / forward.median()) - 1
+    fields, causes, found = dict(data_wait=float(wait.max())), [], {}
+    if rt.dp_size > 1:  # ranks of one replica wait for each other inside the forward pass, so it names a replica
+        fields |= dict(slowest_rank=slowest, slowest_lag=lag)
+        causes += [f"rank {slowest} computes {lag:.0%} longer than the middle one"] * (lag > 0.1)
+    if len(speeds) >= 20:  # fewer say nothing
+        p5, median = speeds[len(speeds) // 20], statistics.median(speeds)
+        fields |= dict(tok_per_s_p5=p5, tok_per_s_median=median)
+        if wait.max() > 0.05:
+            found["data"] = f"rank {int(wait.argmax())} waits {wait.max():.0%} of its time for data"
+            causes.append("data come too slowly")
+        if p5 < 0.8 * median:
+            found["pace"] = (f"the slowest 5 % of the steps run at {p5 / 1000:.1f}k tok/s or less, the median at "
+                             f"{median / 1000:.1f}k: " + (" and ".join(causes) or "something else uses this machine"))
+    new, run.warned = [text for kind, text in found.items() if kind not in run.warned], set(found)
+    return fields, new
 
 
 def samples(run):
     """Names the step's data, so that it can be looked at."""
-    first = ", ".join(run.loader.describe(run.consumed + i) for i in range(min(3, run.rows)))
-    return f"samples {run.consumed}..{run.consumed + run.rows - 1}: {first}, ..."
+    first, last = run.loader.number(run.consumed), run.loader.number(run.consumed + run.rows - 1)
+    some = ", ".join(run.loader.describe(first + i) for i in range(min(3, run.rows)))
+    return f"--skip_samples={first}:{last + 1} ({some}, ...)"
 
 
 def update(run, loss, norm, lr):
@@ -352,59 +479,69 @@ def update(run, loss, norm, lr):
 
 def main(cfg):
     """Train; returns the last evaluation and the totals."""
-    check(cfg)
-    rt = setup(cfg)
+    rt = infra.setup(cfg)
+    if rt.restarts:  # torchrun --max_restarts: a process died, and all were started again with the same command
+        cfg = dataclasses.replace(cfg, resume=True, overwrite=False)
+    check(cfg, rt)
     if cfg.bench:
         return bench(cfg, rt)
     run = begin(cfg, rt)
     cfg = run.cfg
     log, flops = run.log, nano.flops_per_token(run.model.config, cfg.max_position_embeddings)
-    batches = data.prefetch(run.loader, run.consumed, run.rows, cfg.steps - run.step)
+    batches = data.prefetch(run.loader, run.consumed, run.rows, cfg.steps - run.step, rt.dp_rank, rt.dp_size)
     gc.collect(), gc.freeze()  # the collector would walk all of torch's objects again and again
     logged = time.perf_counter()
     start = logged - run.seconds
-    since, waited, loss, bad = run.step, 0.0, math.nan, 0
+    begun, since, waited, forwards, loss, bad, stopping = run.step, run.step, 0.0, [], math.nan, 0, False
     with Stop() as stop:
-        while run.step < cfg.steps and not stop.signal:
+        while run.step < cfg.steps and not stopping:
             asked = time.perf_counter()
             batch = next(batches)
             waited += time.perf_counter() - asked
             lr = lr_at(run.step, cfg)
-            loss = forward_backward(run.model, batch, cfg, rt)
-            norm = nn.utils.clip_grad_norm_(run.model.parameters(), cfg.grad_clip)
-            loss, norm = float(loss), float(norm)  # the step's one wait for the device
+            loss = forward_backward(run.replica, batch, cfg, rt, forwards)
+            norm = float(clip_grad_norm(run.model, cfg.grad_clip, rt))  # the step's one wait for the device
+            # every rank must decide alike, so all decide by sums: of the replicas' losses, and of who has got a signal
+            loss, stopping = all_sum(rt, float(loss) / rt.tp_size, stop.signal is not None)
             bad = 0 if update(run, loss, norm, lr) else bad + 1
             if bad == 10:
-                raise SystemExit(f"step {run.step + 1}: 10 steps in a row were not finite or spiked, the last with "
-                                 f"{samples(run)} A lower --lr or --grad_clip may help; --resume goes on from the last save")
+                raise SystemExit(f"step {run.step + 1}: 10 steps in a row were not finite or spiked; --resume goes on from "
+                                 f"the last save, perhaps with a lower --lr or --grad_clip, or {samples(run)}")
             run.step, run.consumed, run.seconds = run.step + 1, run.consumed + run.rows, time.perf_counter() - start
             log.bar.update(1)
-            if run.step % cfg.log_every == 0 or run.step in (1, cfg.steps) or stop.signal:
+            if run.step > begun + 3:  # the first steps warm up
+                run.pace.append(time.perf_counter() - asked)
+            if run.step % cfg.log_every == 0 or run.step in (1, cfg.steps) or stopping:
                 now = time.perf_counter()
-                speed, wait = (run.step - since) * cfg.batch_tokens / (now - logged), waited / (now - logged)
-                mfu = speed * flops / rt.peak if rt.peak else None
-                line = f"loss {loss:.4f} | lr {lr:.1e} | grad {norm:.2f} | {speed / 1000:.1f}k tok/s | data {100 * wait:.1f} %"
+                speed = (run.step - since) * cfg.batch_tokens / (now - logged)
+                steady, warnings = pace(run, waited, forwards, now - logged)
+                mfu = speed * flops / (rt.peak * rt.world_size) if rt.peak else None
+                line = f"loss {loss:.4f} | lr {lr:.1e} | grad {norm:.2f} | {speed / 1000:.1f}k tok/s"
+                line += f" | data {100 * steady['data_wait']:.1f} %"
                 line += f" | mfu {100 * mfu:.1f} % (6N+12LHDT)" if mfu else ""
                 line += f" | skipped {run.skipped}" if run.skipped else ""
                 log.row(line, step=run.step, tokens=run.consumed * cfg.max_position_embeddings, loss=loss, lr=lr,
-                        grad_norm=norm, tok_per_s=speed, seconds=run.seconds, data_wait=wait, mfu=mfu, skipped=run.skipped)
-                logged, since, waited = now, run.step, 0.0
-            if run.step % cfg.eval_every == 0 and run.step < cfg.steps and not stop.signal:
+                        grad_norm=norm, tok_per_s=speed, seconds=run.seconds, mfu=mfu, skipped=run.skipped, **steady)
+                for warning in warnings:
+                    log.say(f"WARNING: {warning}")
+                logged, since, waited, forwards = now, run.step, 0.0, []
+            if run.step % cfg.eval_every == 0 and run.step < cfg.steps and not stopping:
                 paused = time.perf_counter()
                 log.row(step=run.step, tokens=run.consumed * cfg.max_position_embeddings, seconds=run.seconds,
                         **scored(run, evaluate(run.model, run.sources, cfg, rt)))
                 pause = time.perf_counter() - paused
                 start, logged = start + pause, logged + pause  # evaluation is not training time
-            if run.step % cfg.save_every == 0 and run.step < cfg.steps:
+            if run.step % cfg.save_every == 0 and run.step < cfg.steps and not stopping:
                 save(run)
         batches.close()
-        save(run)
+        if not save(run):
+            raise SystemExit(f"{run.out}: step {run.step} could not be saved; --resume goes on from the last checkpoint")
     totals = dict(step=run.step, tokens=run.consumed * cfg.max_position_embeddings, loss=loss, seconds=run.seconds,
                   skipped=run.skipped)
-    if stop.signal:
-        log.say(f"{stop.signal}: saved {run.out} at step {run.step}; --resume goes on from there")
+    if stopping:
+        log.say(f"{stop.signal or 'A signal'}: saved {run.out} at step {run.step}; --resume goes on from there")
         log.close()
-        return totals | {"stopped": stop.signal}
+        return totals | {"stopped": stop.signal or "another rank's signal"}
     scores = evaluate(run.model, run.sources, cfg, rt)
     result = totals | scored(run, scores)
     log.row(final=True, **result)
@@ -416,7 +553,7 @@ def main(cfg):
 def report(run, scores):
     """The end of a run: each source beside lzma, and what the model writes after a held-out document's first words."""
     print("\nheld-out text   model  lzma -9   bits per byte")
-    for s in run.sources:
+    for s in run.sources if run.rt.rank == 0 else ():
         print(f"{s.name:15} {scores[s.name][1]:5.3f}  {lzma_bpb(s, run.tokenizer):7.3f}")
     decode, prompts = run.tokenizer.decode, [s.val[:64].tolist() for s in run.sources]
     written = nano.generate(run.model, prompts, 160, temperature=0.7, stop_ids=[run.tokenizer.eos])
@@ -426,17 +563,18 @@ def report(run, scores):
 
 
 def bench(cfg, rt, steps=12):
-    """Speed of full steps (forward, backward, clip, optimizer) on random tokens."""
+    """Speed of full steps (forward, backward, clip, optimizer) on random tokens, of all processes together."""
     cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or 320)
     T, rows = cfg.max_position_embeddings, cfg.batch_tokens // cfg.max_position_embeddings
     model, _ = build(cfg, rt, data.get_tokenizer("bytes"))
-    optimizers = make_optimizers(model, cfg)
-    ids = torch.randint(0, min(256, cfg.vocab_size), (rows, T + 1), generator=torch.Generator().manual_seed(cfg.seed))
-    batch, seconds = (ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.zeros(rows, T, dtype=torch.long)), []
+    replica, optimizers = data_parallel(model, cfg, rt), make_optimizers(model, cfg)
+    generator = torch.Generator().manual_seed(cfg.seed + rt.dp_rank)
+    ids = torch.randint(0, min(256, cfg.vocab_size), (rows // rt.dp_size, T + 1), generator=generator)
+    batch, seconds = (ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.zeros_like(ids[:, 1:])), []
     for _ in range(steps + 3):
         start = time.perf_counter()
-        loss = forward_backward(model, batch, cfg, rt)
-        norm = nn.utils.clip_grad_norm_(model.parameters(), cfg.grad_clip)
+        loss = forward_backward(replica, batch, cfg, rt)
+        norm = clip_grad_norm(model, cfg.grad_clip, rt)
         float(loss), float(norm)
         for o in optimizers:
             o.step(), o.zero_grad(set_to_none=True)
@@ -447,14 +585,15 @@ def bench(cfg, rt, steps=12):
     speed, flops = cfg.batch_tokens / statistics.median(seconds), nano.flops_per_token(model.config, T)
     result = dict(bench="train", tok_per_s=round(speed),
                   spread=[round(cfg.batch_tokens / s) for s in (seconds[-1], seconds[0])],
-                  seconds_per_step=round(statistics.median(seconds), 5), mfu=rt.peak and round(speed * flops / rt.peak, 4),
+                  seconds_per_step=round(statistics.median(seconds), 5),
+                  mfu=rt.peak and round(speed * flops / rt.peak / rt.world_size, 4),
                   mfu_convention="(6N + 12LHDT) FLOPs per token / published dense bf16 peak; null: no published peak",
-                  peak_memory_bytes=peak_memory(rt.device), rows=rows, row_tokens=T, optimizer=cfg.optimizer,
-                  compile=cfg.compile,
+                  peak_memory_bytes=infra.peak_memory(rt.device), rows=rows, row_tokens=T, optimizer=cfg.optimizer,
+                  compile=cfg.compile, processes=rt.world_size, tp=cfg.tp,
                   dtype=str(rt.dtype)[6:], params=nano.num_params(model.config), machine=rt.name, torch=torch.__version__)
     print(json.dumps(result))
     return result
 
 
 if __name__ == "__main__":
-    main(cli(Config, PRESETS))
+    infra.launch(main, infra.cli(Config, PRESETS))

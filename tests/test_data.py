@@ -321,9 +321,9 @@ def test_bad_mixtures_are_one_line_errors(spec, message):
 
 # --- loader ----------------------------------------------------------------------------------------------------------
 
-def loader_of(total=5000, seed=3, mixture="0.5:a=0.7,b=0.3;1.0:a=0.123,b=0.377,c=0.5", T=8):
+def loader_of(total=5000, seed=3, mixture="0.5:a=0.7,b=0.3;1.0:a=0.123,b=0.377,c=0.5", T=8, skip=""):
     sources = [fake_source("a", 8 * 997 + 1), fake_source("b", 8 * 400 + 5, eos_every=7), fake_source("c", 8 * 250 + 1)]
-    return data.Loader(sources, mixture, T, total, seed)
+    return data.Loader(sources, mixture, T, total, seed, skip)
 
 
 def test_every_sequence_comes_exactly_once_per_epoch_across_stage_changes():
@@ -429,6 +429,65 @@ def test_validation_batches_cover_the_file_in_order_or_evenly():
     assert ids.shape == (21, 8) and ids.flatten().tolist() == source.val[:21 * 8].tolist()
     some = torch.cat([batch[0] for batch in data.val_batches(source, 8, 4, limit=7)])
     assert some[:, 0].tolist() == [8 * 3 * k for k in range(7)]
+
+
+# --- rows that are left out ------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("spec, ranges", [
+    ("", []), ("5:9", [(5, 9)]), ("0:1", [(0, 1)]), ("100:200,50:60", [(50, 60), (100, 200)]), ("1:5,5:8", [(1, 5), (5, 8)])])
+def test_ranges_of_rows_are_read_and_sorted(spec, ranges):
+    assert data.parse_ranges(spec) == ranges
+
+
+@pytest.mark.parametrize("spec", ["5", "a:b", "5:", ":5", "5:5", "7:3", "-1:4", "1:2:3", "1:5;7:9", "1.5:3", "1:5,4:8",
+                                  "1:9,2:3", "1:5,1:5", "1-5"])
+def test_bad_ranges_of_rows_are_one_line_errors(spec):
+    with pytest.raises(ValueError, match=rf'^--skip_samples={re.escape(spec)}: expected "a:b" or [^\n]*$'):
+        data.parse_ranges(spec)
+    with pytest.raises(ValueError, match="--skip_samples="):
+        loader_of(skip=spec)
+
+
+SKIPS = ["40:48", "0:16", "16:24,100:117,117:120,2490:2530", "0:1,2:3,4:5,6:7,299:301"]
+
+
+@pytest.mark.parametrize("spec", SKIPS)
+def test_skipping_leaves_out_exactly_these_rows_and_keeps_the_order_of_the_others(spec):
+    """2500 is where the mixture changes: it stays at that row of the run's order."""
+    plain, loader, ranges = loader_of(), loader_of(skip=spec), data.parse_ranges(spec)
+    kept = [g for g in range(5000) if not any(a <= g < b for a, b in ranges)]
+    assert [loader.number(k) for k in range(len(kept))] == kept
+    for start, n in ((0, 400), (2400, 200)):
+        expected = np.concatenate([plain.rows(g, 1) for g in kept[start:start + n]])
+        assert np.array_equal(loader.rows(start, n), expected)
+
+
+@pytest.mark.parametrize("spec", SKIPS)
+@pytest.mark.parametrize("dp", [1, 2, 4])
+def test_skipped_rows_are_the_same_for_any_number_of_ranks(spec, dp):
+    plain, loader = loader_of(), loader_of(skip=spec)
+    kept = [g for g in range(5000) if not any(a <= g < b for a, b in data.parse_ranges(spec))]
+    for consumed in (0, 32, 96, 2464):
+        whole = data.to_batch(np.concatenate([plain.rows(g, 1) for g in kept[consumed:consumed + 32]]), 60000)
+        for k, expected in enumerate(whole):
+            assert torch.equal(expected, torch.cat([loader.batch(consumed, 32, rank, dp)[k] for rank in range(dp)]))
+
+
+def test_ranges_that_a_run_has_passed_are_those_before_its_last_row():
+    spec = "0:2,5:8,8:9,12:20"                          # trained on: 2 3 4 9 10 11 20 21 ...
+    order, passed = [g for g in range(40) if g in (2, 3, 4, 9, 10, 11) or g >= 20], []
+    for k in range(12):
+        last = order[k - 1] if k else -1
+        assert data.skipped(spec, k) == [(a, b) for a, b in data.parse_ranges(spec) if a < last]
+        passed.append(len(data.skipped(spec, k)))
+    assert passed == [0, 1, 1, 1, 3, 3, 3, 4, 4, 4, 4, 4] and data.skipped("", 100) == []
+
+
+def test_a_row_of_a_run_with_skipped_rows_is_described_by_its_number_in_the_runs_order():
+    loader = loader_of(skip="16:24")
+    assert [loader.number(k) for k in (15, 16, 17)] == [15, 24, 25]
+    s, row, epoch = loader.locate(24)
+    assert loader.describe(loader.number(16)) == f"{'abc'[s]} row {row} (epoch {epoch})" == loader_of().describe(24)
 
 
 # --- prefetch --------------------------------------------------------------------------------------------------------

@@ -1,12 +1,12 @@
-"""infra.py: the command line and each of its errors, files that are whole or absent, signals, the log, the machine."""
-import dataclasses, json, math, os, random, re, signal, threading
+"""infra.py: the command line and each of its errors, files that are whole or absent, one writer, signals, the log, the
+machine, several processes."""
+import dataclasses, json, math, os, random, re, signal, threading, time
 from dataclasses import dataclass
-from types import SimpleNamespace
 
 import pytest
 import torch
 
-import data, infra, model, train
+import data, infra, model, processes, train
 
 
 @dataclass
@@ -65,6 +65,14 @@ def test_a_flag_is_read_as_its_fields_type(argv, key, value):
 def test_a_bare_switch_leaves_the_next_word_alone():
     assert parse("--compile", "tiny") == Knobs(compile=True, steps=3, lr=0.5)
     assert parse("--compile", "--steps=4") == Knobs(compile=True, steps=4)
+
+
+def test_a_bare_switch_with_words_for_values_is_on_and_leaves_the_next_word_alone():
+    cfg = infra.cli(train.Config, train.PRESETS, ["--tp_same_seed", "small"])
+    assert cfg.tp_same_seed == "on" and cfg == train.Config(**train.PRESETS["small"], tp_same_seed="on")
+    assert infra.cli(train.Config, train.PRESETS, ["--tp-same-seed", "--tp=2"]) == train.Config(tp_same_seed="on", tp=2)
+    assert infra.cli(train.Config, train.PRESETS, ["--tp_same_seed=ignore"]).tp_same_seed == "ignore"
+    assert infra.cli(train.Config, train.PRESETS, []).tp_same_seed == "off"
 
 
 def test_a_bare_word_that_is_a_path_is_the_checkpoint_to_start_from(tmp_path):
@@ -211,6 +219,52 @@ def test_atomic_keeps_the_old_content_when_the_writer_raises(tmp_path, error):
     assert path.read_bytes() == b"old" and list(tmp_path.iterdir()) == [path]
 
 
+# --- one writer ------------------------------------------------------------------------------------------------------
+
+def wait_for(condition, seconds=30):
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "nothing happened"
+        time.sleep(0.005)
+
+
+def hold(directory):
+    """Lock it, say so in a file, wait to be killed."""
+    file = infra.lock(directory)
+    (directory / "held").touch()
+    time.sleep(60)
+    file.close()
+
+
+def test_a_lock_keeps_another_process_out_names_its_own_and_is_freed_by_kill_9(tmp_path):
+    out = tmp_path / "deep" / "out"                     # is created
+    (holder,) = processes.start(1, hold, out)
+    try:
+        wait_for((out / "held").exists)
+        (out / "ckpt_00000001.pt.7.tmp").write_bytes(b"half of what the first process writes")
+        with pytest.raises(SystemExit, match=rf"{re.escape(str(out))}: process {holder.pid} on .* is writing here") as end:
+            infra.lock(out)
+        assert "\n" not in str(end.value) and (out / "ckpt_00000001.pt.7.tmp").exists()        # not ours to remove
+    finally:
+        holder.kill()
+        holder.join()
+    file = infra.lock(out)
+    assert (out / ".lock").read_text() == f"process {os.getpid()} on {os.uname().nodename}"      # nothing of the first one
+    assert sorted(f.name for f in out.iterdir()) == [".lock", "held"]                           # nor what it left behind
+    file.close()
+
+
+def test_a_lock_removes_nothing_but_what_a_killed_process_left_half_written(tmp_path):
+    for name in ("ckpt_00000001.pt", "ckpt_00000002.pt.123.tmp", "metrics.jsonl", "metrics.jsonl.5.tmp", "notes.tmp.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "x.tmp").touch()             # another directory's business
+    infra.lock(tmp_path).close()
+    left = sorted(f.name for f in tmp_path.iterdir())
+    assert left == [".lock", "ckpt_00000001.pt", "folder", "metrics.jsonl", "notes.tmp.txt"]
+    assert (tmp_path / "folder" / "x.tmp").exists()
+
+
 # --- signals ---------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("which", [signal.SIGTERM, signal.SIGINT])
@@ -302,6 +356,17 @@ def test_a_resumed_log_survives_a_last_row_cut_at_any_byte(tmp_path):
         assert path.read_text(encoding="utf-8") == first, last[:cut]
 
 
+def test_a_quiet_log_writes_nothing_and_leaves_an_older_file_alone(tmp_path):
+    infra.Log(tmp_path / "absent", 10, quiet=True).row(step=1, loss=1.0)
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "metrics.jsonl").write_text("as it was", encoding="utf-8")
+    for start in (0, 5):
+        log = infra.Log(tmp_path, 10, start=start, quiet=True)
+        log.row(step=6, loss=1.0)
+        log.close()
+    assert (tmp_path / "metrics.jsonl").read_text(encoding="utf-8") == "as it was"
+
+
 def test_log_says_what_to_install_when_wandb_is_missing(tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "wandb", None)
     with pytest.raises(SystemExit, match="--wandb: .*pip install wandb"):
@@ -319,8 +384,8 @@ def test_peak_flops_knows_the_device_or_says_none(name, peak):
     assert infra.peak_flops(name) == peak
 
 
-def settings(**kw):
-    return SimpleNamespace(**dict(device="cpu", dtype="float32", seed=0) | kw)
+def settings(**change):
+    return infra.Machine(**dict(device="cpu", dtype="float32") | change)
 
 
 def test_setup_reports_the_machine_and_seeds_it():
@@ -351,17 +416,15 @@ def test_setup_leaves_the_thread_count_to_omp_num_threads(monkeypatch):
     (dict(device="toaster"), "--device=toaster: .*expected"), (dict(device="cuda:99"), "--device=cuda:99: .*expected"),
     (dict(device=""), "--device=: .*expected"),
     (dict(dtype="float16"), "--dtype=float16: auto, float32 or bfloat16 expected"), (dict(dtype=""), "--dtype="),
-    (dict(seed=10**20), "seed")])
+    (dict(seed=10**20), "seed"), (dict(seed=2**32), r"--seed=4294967296: 0 to 2\*\*32 - 1 expected"),
+    (dict(seed=-1), "--seed=-1: "), (dict(tp=2), "--tp=2: a divisor of the number of processes, 1, expected"),
+    (dict(tp=0), "--tp=0: a divisor"), (dict(tp=-1), "--tp=-1: a divisor"),
+    (dict(tp_same_seed="yes"), "--tp_same_seed=yes: off, on or ignore expected"),
+    (dict(tp_same_seed=""), "--tp_same_seed=: off")])
 def test_setup_refuses_in_one_line(change, message):
     with pytest.raises(SystemExit, match=message) as error:
         infra.setup(settings(**change))
     assert "\n" not in str(error.value)
-
-
-def test_setup_refuses_several_processes_until_they_are_supported(monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(SystemExit, match="one process"):
-        infra.setup(settings())
 
 
 def test_setup_touches_no_other_random_generator():
@@ -369,3 +432,95 @@ def test_setup_touches_no_other_random_generator():
     state = random.getstate()
     infra.setup(settings())
     assert random.getstate() == state
+
+
+def test_setup_refuses_a_tp_that_does_not_divide_the_processes_before_they_meet(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")               # no address to meet at: waiting for the others would be an error
+    with pytest.raises(SystemExit, match=r"^--tp=3: a divisor of the number of processes, 4, expected \(torchrun [^\n]*\)$"):
+        infra.setup(settings(tp=3))
+
+
+def test_seeds_end_where_torchs_cpu_generator_stops_reading_them():
+    a, b = (torch.rand(9, generator=torch.Generator().manual_seed(seed)) for seed in (5, 5 + 2**32))
+    assert torch.equal(a, b)                            # so 2**32 would be seed 0 again
+    infra.setup(settings(seed=2**32 - 1))
+    last = torch.rand(9)
+    infra.setup(settings(seed=0))
+    assert not torch.equal(last, torch.rand(9))
+
+
+@pytest.mark.parametrize("omp, local, threads", [
+    (None, 1, 6), (None, 2, 3), (None, 4, 1), (None, 8, 1),
+    ("1", 2, 3), ("1", 1, None),                        # torchrun sets 1 where nobody asked; alone somebody did ask for it
+    ("2", 1, None), ("2", 2, None), ("5", 2, None)])
+def test_the_cores_are_shared_by_the_processes_of_a_machine_unless_somebody_chose(monkeypatch, omp, local, threads):
+    chosen = []
+    monkeypatch.setattr(infra, "_cores", lambda: 6)
+    monkeypatch.setattr(torch, "set_num_threads", chosen.append)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(local))
+    monkeypatch.delenv("OMP_NUM_THREADS")
+    if omp:
+        monkeypatch.setenv("OMP_NUM_THREADS", omp)
+    infra.setup(settings())
+    assert chosen == ([] if threads is None else [threads])
+
+
+# --- several processes -----------------------------------------------------------------------------------------------
+
+def test_one_process_needs_no_others():
+    rt = infra.setup(settings())
+    assert (rt.rank, rt.world_size, rt.dp_rank, rt.dp_size, rt.tp_rank, rt.tp_size, rt.restarts) == (0, 1, 0, 1, 0, 1, 0)
+    assert rt.dp_group is rt.tp_group is None and not torch.distributed.is_initialized()
+    assert tuple(infra.all_sum(rt, 2, 0.5)) == (2, 0.5) and infra.on_rank_0(rt, max, 3, 4) == 4
+    assert infra.all_gather(rt, torch.tensor([7]))[0].tolist() == [7]
+    with infra.in_turn(rt):
+        pass
+
+
+def meet(folder):
+    """What each of two ranks sees of the other."""
+    rt = infra.setup(settings())
+    called, first = [], folder / "first"
+    seen = {k: getattr(rt, k) for k in ("rank", "world_size", "dp_rank", "dp_size", "tp_rank", "tp_size")}
+    print(f"printed by rank {rt.rank}")
+    seen["sum"] = infra.all_sum(rt, rt.rank + 1, 0.25)
+    seen["rank 0 says"] = infra.on_rank_0(rt, lambda word: called.append(rt.rank) or {word: os.getpid()}, "pid")
+    seen["called"], seen["pid"] = called, os.getpid()
+    seen["gathered"] = [t.tolist() for t in infra.all_gather(rt, torch.tensor([rt.rank, 5]))]
+    with infra.in_turn(rt):
+        seen["found"] = first.exists()
+        if rt.rank == 0:
+            time.sleep(0.2)                             # whoever does not wait looks now
+            first.touch()
+    log = infra.Log(folder, 10, quiet=rt.rank > 0)
+    log.row(f"a row of rank {rt.rank}", step=1, rank=rt.rank)
+    log.close()
+    return seen
+
+
+def test_two_processes_sum_gather_take_turns_and_speak_with_one_voice(tmp_path, capfd):
+    zero, one = processes.run(2, meet, tmp_path)
+    assert [x["rank"] for x in (zero, one)] == [0, 1] and zero["world_size"] == one["world_size"] == 2
+    assert (zero["dp_rank"], one["dp_rank"], one["dp_size"], one["tp_rank"], one["tp_size"]) == (0, 1, 2, 0, 1)
+    assert list(zero["sum"]) == list(one["sum"]) == [3, 0.5]
+    assert zero["rank 0 says"] == one["rank 0 says"] == {"pid": zero["pid"]} and (zero["called"], one["called"]) == ([0], [])
+    assert zero["gathered"] == one["gathered"] == [[0, 5], [1, 5]]
+    assert (zero["found"], one["found"]) == (False, True)       # what the first process wrote, the second finds
+    out = capfd.readouterr().out
+    assert "printed by rank 0" in out and "a row of rank 0" in out and "rank 1" not in out
+    assert strict(tmp_path / "metrics.jsonl") == [dict(step=1, rank=0)]
+
+
+def first_of_another_machine(folder):
+    os.environ["LOCAL_RANK"] = "0"
+    rt = infra.setup(settings())
+    with infra.in_turn(rt):
+        found = (folder / "first").exists()
+        if rt.rank == 0:
+            time.sleep(0.2)
+            (folder / "first").touch()
+    return found
+
+
+def test_rank_0_goes_before_the_first_processes_of_other_machines_for_they_may_share_a_disk(tmp_path):
+    assert processes.run(2, first_of_another_machine, tmp_path) == [False, True]

@@ -271,7 +271,7 @@ def test_bfloat16_computes_near_float32_and_returns_float32():
     m.compute_dtype = torch.bfloat16
     for grad in (False, True):
         rough = logits_of(m, ids, None, grad)
-        assert rough.dtype == torch.float32 and 0 < (rough - exact).norm() < 0.05 * exact.norm()
+        assert rough.dtype == torch.float32 and 0 < (rough - exact).norm() < 0.1 * exact.norm()
     assert all(p.dtype == torch.float32 for p in m.parameters())
 
 

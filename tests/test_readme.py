@@ -30,6 +30,6 @@ def test_every_flag_in_the_readme_exists(name):
     """`--flag` words on README lines that call a script are fields of that script's Config."""
     module = __import__(name)
     fields = {f for c in (getattr(module, "Options", None), module.Config) if c for f in c.__dataclass_fields__}
-    for line in re.findall(rf"^.*python {name}\.py.*$", README, re.M):
-        for flag in re.findall(r"--([a-z_]+)", line.split("#")[0]):
+    for line in re.findall(rf"^(?:python|torchrun [^#]*?) {name}\.py.*$", README, re.M):
+        for flag in re.findall(r"--([a-z_]+)", line.partition(".py")[2].split("#")[0]):
             assert flag in fields | {"config", "help"}, line

@@ -1,5 +1,5 @@
 """train.py: schedule, optimizers, gradients, evaluation, and a run that survives signals, crashes, NaNs and repetition."""
-import dataclasses, io, json, lzma, math, signal, subprocess, sys, time
+import dataclasses, io, json, lzma, math, re, signal, subprocess, sys, time
 from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,8 +11,8 @@ from torch.nn import functional as F
 import data, infra, model as nano, train
 
 ROOT = Path(__file__).resolve().parent.parent
-CPU = SimpleNamespace(device=torch.device("cpu"), dtype=torch.float32)
-TIMING = {"seconds", "tok_per_s", "data_wait", "mfu"}
+CPU = infra.setup(infra.Machine(device="cpu", dtype="float32"))         # one process, alone
+TIMING = {"seconds", "tok_per_s", "tok_per_s_p5", "tok_per_s_median", "data_wait", "mfu"}
 
 
 @pytest.fixture(scope="session")
@@ -207,6 +207,19 @@ def test_loss_and_gradients_are_those_of_the_mean_over_counted_tokens_plus_z_los
     assert max((without[n] - grads[n]).abs().max() for n in grads) > 1e-4
 
 
+@pytest.mark.parametrize("max_norm", [0.01, 1e6])
+def test_clipping_equals_torchs_where_one_process_holds_everything(max_norm):
+    draw = torch.Generator().manual_seed(0)
+    ours, theirs = small_model(), small_model()
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        p.grad = torch.randn(p.shape, generator=draw)
+        q.grad = p.grad.clone()
+    norm, expected = train.clip_grad_norm(ours, max_norm, CPU), torch.nn.utils.clip_grad_norm_(theirs.parameters(), max_norm)
+    assert float(norm) == pytest.approx(float(expected), rel=1e-6)
+    for p, q in zip(ours.parameters(), theirs.parameters()):
+        assert torch.allclose(p.grad, q.grad, rtol=1e-5, atol=0)
+
+
 def test_spikes_are_what_is_not_finite_or_ten_times_the_median_after_50_steps():
     usual = deque([1.0] * 40 + [3.0] * 20)
     assert train.is_spike(2.0, 10.1, usual) and not train.is_spike(2.0, 9.9, usual)
@@ -292,7 +305,7 @@ def test_a_run_leaves_its_configuration_and_a_loadable_model(reference):
     m, extra = nano.load_checkpoint(out)
     assert m.config.vocab_size == 320 and m.config.hidden_size == 32 and extra["tokenizer"] == "bytes" and extra["stage"] == "base"
     assert extra["step"] == 20 and extra["consumed_samples"] == 160 and extra["train_config"] == dataclasses.asdict(cfg) | {"vocab_size": 320}
-    assert sorted(p.name for p in out.iterdir()) == ["ckpt_00000020.pt", "config.json", "metrics.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == [".lock", "ckpt_00000020.pt", "config.json", "metrics.jsonl"]
 
 
 def test_same_seed_same_weights_bit_for_bit_and_another_seed_others(reference, config):
@@ -416,11 +429,11 @@ def poison(monkeypatch, steps, what, seen=None):
     """The loss or the gradient of these steps (counted from 1) is NaN; `seen` gets the weights at the start of each step."""
     original, calls = train.forward_backward, []
 
-    def forward_backward(model, batch, cfg, rt):
+    def forward_backward(model, batch, cfg, rt, forwards=None):
         calls.append(0)
         if seen is not None:
             seen.append({n: p.detach().clone() for n, p in model.named_parameters()})
-        loss = original(model, batch, cfg, rt)
+        loss = original(model, batch, cfg, rt, forwards)
         if len(calls) in steps:
             if what == "loss":
                 return loss * math.nan
@@ -437,7 +450,8 @@ def test_a_step_that_is_not_finite_is_skipped_counted_and_logged(config, monkeyp
     same = [equal(a, b) for a, b in zip(seen, seen[1:])]
     assert [i + 1 for i, unchanged in enumerate(same) if unchanged] == [5, 9]
     out = capsys.readouterr().out
-    assert "SKIPPED step 5: " in out and "samples 32..39" in out and "SKIPPED step 9: " in out and out.count("SKIPPED") == 2
+    assert "SKIPPED step 5: " in out and "--skip_samples=32:40 (" in out and "SKIPPED step 9: " in out
+    assert out.count("SKIPPED") == 2
     assert result["skipped"] == 2 and [r["skipped"] for r in rows(cfg) if "grad_norm" in r] == [0] * 4 + [1] * 4 + [2] * 12
     assert all(math.isfinite(v) for v in result["val_bpb"].values())
     assert rows(cfg)[4]["loss" if what == "loss" else "grad_norm"] is None
@@ -449,7 +463,8 @@ def test_ten_bad_steps_in_a_row_stop_the_run_and_name_the_samples(config, monkey
     with pytest.raises(SystemExit) as error:
         train.main(cfg)
     message = str(error.value)
-    assert "step 16:" in message and "10 steps in a row" in message and "samples 120..127" in message and "row" in message and "\n" not in message
+    assert "step 16:" in message and "10 steps in a row" in message and "--skip_samples=120:128 (" in message
+    assert " row " in message and "\n" not in message
     assert all(torch.isfinite(w).all() for w in weights(cfg.out).values())
 
 
@@ -463,6 +478,124 @@ def test_skipped_steps_are_still_counted_after_a_resume(config, monkeypatch):
     poison(monkeypatch, {5}, "loss")
     stopped_run(cfg, 10)
     assert train.main(dataclasses.replace(cfg, resume=True))["skipped"] == 1
+
+
+# --- rows that are left out ------------------------------------------------------------------------------------------
+
+def test_skip_samples_trains_the_weights_of_a_loader_that_never_had_these_rows(reference, config, monkeypatch):
+    ranges, cfg, by_hand = ((16, 24), (40, 45)), config("flag", skip_samples="16:24,40:45"), config("by-hand")
+    train.main(cfg)
+    plain, kept = data.Loader.rows, [g for g in range(300) if not any(a <= g < b for a, b in ranges)]
+    monkeypatch.setattr(data.Loader, "rows", lambda self, start, n: data.np.concatenate(
+        [plain(self, g, 1) for g in kept[start:start + n]]))
+    train.main(by_hand)
+    assert equal(weights(cfg.out), weights(by_hand.out)) and not equal(weights(cfg.out), weights(reference[0].out))
+    assert nano.load_checkpoint(cfg.out)[1]["consumed_samples"] == 160          # as many rows as ever
+
+
+def test_the_rows_that_a_spike_names_are_those_that_its_step_was_trained_on(config, monkeypatch, capsys):
+    """Also where rows are left out already: the numbers are those of the run's order, as --skip_samples wants them."""
+    cfg, seen, plain = config(skip_samples="8:16,36:38"), [], data.Loader.batch
+    monkeypatch.setattr(data.Loader, "batch", lambda self, k, *rest: seen.append((k, self)) or plain(self, k, *rest))
+    poison(monkeypatch, {4, 6}, "loss")
+    train.main(cfg)
+    out = capsys.readouterr().out
+    assert "SKIPPED step 4: " in out and "--skip_samples=32:42 (" in out        # 32 to 41 without 36 and 37: its 8 rows
+    (_, loader), = [s for s in seen if s[0] == 40]
+    assert f"--skip_samples=50:58 ({loader.describe(50)}, {loader.describe(51)}, {loader.describe(52)}, ...)" in out
+
+
+def test_resume_takes_ranges_that_are_still_to_come_and_refuses_to_change_those_passed(config):
+    cfg, whole = config("parts"), config("whole", skip_samples="80:88,100:101")
+    stopped_run(cfg, 10)                                # stands at row 80
+    for spec in ("72:80", "0:4", "40:48,80:88", "79:81"):
+        with pytest.raises(SystemExit, match=rf"^--skip_samples={spec}: .* stands at row 80 and has skipped nothing: [^\n]*$"):
+            train.main(dataclasses.replace(cfg, resume=True, skip_samples=spec))
+    train.main(dataclasses.replace(cfg, resume=True, skip_samples="80:88,100:101"))
+    train.main(whole)
+    assert equal(weights(cfg.out), weights(whole.out))
+
+
+def test_resume_refuses_to_forget_a_range_that_was_skipped(config):
+    cfg = config(skip_samples="16:24,100:108")
+    stopped_run(cfg, 10)
+    for spec in ("", "100:108", "16:25,100:108"):
+        with pytest.raises(SystemExit, match=r"stands at row 80 and has skipped 16:24,100:108: only ranges after"):
+            train.main(dataclasses.replace(cfg, resume=True, skip_samples=spec))
+    train.main(dataclasses.replace(cfg, resume=True, skip_samples="16:24"))
+
+
+def test_a_bad_range_ends_with_one_line_before_training(config):
+    with pytest.raises(SystemExit, match=r'^--skip_samples=9:3: expected "a:b" or [^\n]*$'):
+        train.main(config(skip_samples="9:3"))
+
+
+# --- how steadily it goes --------------------------------------------------------------------------------------------
+
+def watched(seconds, world=1, ranks=(), monkeypatch=None):
+    """A run whose steps of 1,000 tokens took these seconds; `ranks`: (share of waiting, forward seconds) of all of them."""
+    rt = SimpleNamespace(**vars(CPU) | dict(world_size=world, dp_size=world))
+    if ranks:
+        monkeypatch.setattr(train, "all_gather", lambda rt, mine: [torch.tensor(r, dtype=torch.float64) for r in ranks])
+    return SimpleNamespace(rt=rt, cfg=train.Config(batch_tokens=1000), pace=deque(seconds, maxlen=100), warned=set())
+
+
+def test_pace_reports_the_slowest_5_percent_and_the_median():
+    fields, warnings = train.pace(watched([0.1] * 90 + [0.11] * 10), 0.3, [(1.0, 5.0)], 10.0)
+    assert fields == dict(data_wait=pytest.approx(0.03), tok_per_s_p5=pytest.approx(1000 / 0.11),
+                          tok_per_s_median=pytest.approx(10_000)) and not warnings
+    fields, warnings = train.pace(watched([0.1] * 18 + [1.0]), 0.3, [(1.0, 5.0)], 10.0)
+    assert fields == dict(data_wait=pytest.approx(0.03)) and not warnings       # 19 steps say little about 5 % of them
+    fields, warnings = train.pace(watched([0.1] * 18 + [1.0] * 2), 0.3, [(1.0, 5.0)], 10.0)
+    assert fields["tok_per_s_p5"] == pytest.approx(1000) and len(warnings) == 1
+
+
+@pytest.mark.parametrize("slow, seconds, warns", [
+    (6, 0.2, True), (4, 0.2, False), (100, 0.2, False), (6, 0.12, False), (6, 0.13, True)])
+def test_pace_warns_when_one_step_in_twenty_is_slower_than_four_fifths_of_the_median(slow, seconds, warns):
+    _, warnings = train.pace(watched([0.1] * (100 - slow) + [seconds] * slow), 0.0, [(1.0, 5.0)], 10.0)
+    assert len(warnings) == warns
+    if warns:
+        assert f"run at {1 / seconds:.1f}k tok/s or less, the median at 10.0k: something else uses" in warnings[0]
+
+
+def test_pace_warns_of_data_that_come_too_slowly_and_names_them_as_the_cause():
+    assert train.pace(watched([0.1] * 100), 0.49, [(1.0, 5.0)], 10.0)[1] == []
+    assert train.pace(watched([0.1] * 100), 0.61, [(1.0, 5.0)], 10.0)[1] == ["rank 0 waits 6% of its time for data"]
+    _, warnings = train.pace(watched([0.1] * 90 + [0.5] * 10), 3.0, [(1.0, 5.0)], 10.0)
+    assert len(warnings) == 2 and warnings[1].endswith(": data come too slowly")
+
+
+def test_pace_names_the_rank_that_waits_and_the_one_that_computes_longest(monkeypatch):
+    slow_steps, ranks = [0.1] * 90 + [0.5] * 10, [(0.01, 1.0), (0.3, 1.0), (0.02, 1.5), (0.0, 1.0)]
+    fields, warnings = train.pace(watched(slow_steps, 4, ranks, monkeypatch), 0.0, [(1.0, 5.0)], 10.0)
+    assert fields["data_wait"] == pytest.approx(0.3)
+    assert (fields["slowest_rank"], fields["slowest_lag"]) == (2, pytest.approx(0.5))
+    assert warnings[0] == "rank 1 waits 30% of its time for data" and len(warnings) == 2
+    assert "data come too slowly" in warnings[1] and "rank 2 computes 50% longer than the middle one" in warnings[1]
+    fields, warnings = train.pace(watched(slow_steps, 2, [(0.0, 1.0), (0.0, 1.05)], monkeypatch), 0.0, [(1.0, 5.0)], 10.0)
+    assert fields["slowest_lag"] == pytest.approx(0.05) and warnings[0].endswith(": something else uses this machine")
+
+
+def test_pace_warns_once_when_it_begins_and_again_after_a_recovery():
+    run, told = watched([0.1] * 100), []
+    for waited in (0.0, 1.0, 1.0, 2.0, 0.0, 0.0, 1.0, 1.0):
+        told.append(len(train.pace(run, waited, [(1.0, 5.0)], 10.0)[1]))
+    assert told == [0, 1, 0, 0, 0, 0, 1, 0]
+    run.pace.extend([0.5] * 10)                         # a second trouble is told although the first goes on
+    assert [len(train.pace(run, 1.0, [(1.0, 5.0)], 10.0)[1]) for _ in range(2)] == [1, 0]
+
+
+def test_a_run_with_a_slow_loader_says_so_once_and_records_its_pace(config, monkeypatch, capsys):
+    plain, cfg = data.Loader.rows, config(steps=30, log_every=3)
+    monkeypatch.setattr(data.Loader, "rows", lambda *a: time.sleep(0.03) or plain(*a))
+    train.main(cfg)
+    out = capsys.readouterr().out
+    assert out.count("WARNING: rank 0 waits ") == 1 and re.search(r"\| data \d\d\.\d %", out)
+    training = [r for r in rows(cfg) if "grad_norm" in r]
+    assert all(0.05 < r["data_wait"] < 1 for r in training) and "tok_per_s_p5" not in training[0]
+    assert 0 < training[-1]["tok_per_s_p5"] <= training[-1]["tok_per_s_median"] < 256 / 0.03
+    assert all("slowest_rank" not in r for r in training)       # there is but one
 
 
 # --- whose directory is it -------------------------------------------------------------------------------------------
@@ -515,7 +648,7 @@ def test_too_little_held_out_text_is_refused_before_training(tmp_path, config):
     cfg = config(text=str(tmp_path / "tiny.txt"), val_fraction=0.05)
     with pytest.raises(SystemExit, match=r"tiny\.val: \d+ tokens: expected 33 or more"):
         train.main(cfg)
-    assert not Path(cfg.out).exists()
+    assert [p.name for p in Path(cfg.out).iterdir()] == [".lock"]
 
 
 def test_resume_refuses_another_shape(config):
@@ -557,7 +690,7 @@ def test_bench_prints_one_json_line_with_the_agreed_keys_and_writes_nothing(conf
 def test_every_preset_is_a_valid_configuration_of_its_shape():
     for name, values in train.PRESETS.items():
         cfg = train.Config(**values)
-        train.check(cfg)
+        train.check(cfg, CPU)
         if name in nano.PRESETS:
             shape = nano.Config(**nano.PRESETS[name])
             assert nano.shape_of(dataclasses.replace(cfg, vocab_size=shape.vocab_size)) == shape
