@@ -265,11 +265,13 @@ def on_rank_0(rt, function, *args):
 
 @contextlib.contextmanager
 def in_turn(rt):
-    """`with in_turn(rt):` the first process of every machine goes first: what it writes, the others find."""
-    if rt.local_rank:
+    """`with in_turn(rt):` rank 0 goes first, then the first process of every other machine, then the rest: what one writes,
+    those after it find, on a shared disk or on their own."""
+    turn = 2 if rt.local_rank else 1 if rt.rank else 0
+    for _ in range(turn):
         all_sum(rt, 0)
     yield
-    if not rt.local_rank:
+    for _ in range(2 - turn):
         all_sum(rt, 0)
 
 
@@ -474,8 +476,11 @@ class Log:
     def row(self, line=None, **values):
         """One JSON row (non-finite numbers become null); with `line`, also one printed line."""
         clean = _finite(values)
-        self.file.write(json.dumps(clean) + "\n")
-        self.file.flush()
+        try:
+            self.file.write(json.dumps(clean) + "\n")
+            self.file.flush()
+        except OSError as e:  # a full disk costs rows, not the run
+            self.say(f"WARNING: {self.path}: {e.strerror}: a row is lost")
         if self.wandb:
             self.wandb.log(clean, step=values["step"])
         if line:

@@ -574,8 +574,11 @@ def save_checkpoint(directory, model, step=0, consumed_samples=0, stage="base", 
                  step=step, consumed_samples=consumed_samples, stage=stage, train_config=train_config or {},
                  monitor=monitor or {})
     path = Path(directory) / f"ckpt_{step:08d}.pt"
-    with atomic(path) as f:
-        torch.save(state, f)
+    try:
+        with atomic(path) as f:
+            torch.save(state, f)
+    except RuntimeError as e:  # what torch makes of a failed write
+        raise OSError(f"{path} cannot be written ({str(e)[:80]}): is the disk full?") from None
     for old in checkpoints(directory)[keep:]:
         old.unlink()
     return path

@@ -1,10 +1,9 @@
 """Replicas (DDP) and tensor parallelism on gloo processes: every layout trains the model that one process trains.
 
-The pitfalls that each test is for are those that real projects fell into: SmolLM3's equal seeds, local gradient norms, Muon on
-shards, means of means, z-losses of shifted logits, DDP over all ranks.
+Most tests are for a pitfall that some project fell into: equal seeds (SmolLM3), local gradient norms, Muon on shards, means of
+means, the z-loss of shifted logits, DDP over all ranks. `pytest -s` also prints how many bytes a training step sends.
 """
-import copy, gc, itertools, json, math, os, re, shutil, signal, sys
-from collections import Counter
+import copy, gc, itertools, os, re, shutil, signal, sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -107,8 +106,9 @@ def config(corpus, tmp_path_factory):
         if "init" not in change and not init.exists():
             start_from(init, **shape)
         return train.Config(**dict(
-            SHAPE, text=str(corpus), init=str(init), out=str(root / f"run{next(number)}"), steps=5, batch_tokens=256, val_fraction=0.1,
-            log_every=1000, eval_every=1000, save_every=1000, dtype="float32", device="cpu", initializer_range=WIDE) | change)
+            SHAPE, text=str(corpus), init=str(init), out=str(root / f"run{next(number)}"), steps=5, batch_tokens=256,
+            val_fraction=0.1, log_every=1000, eval_every=1000, save_every=1000, dtype="float32", device="cpu",
+            initializer_range=WIDE) | change)
     return make
 
 
@@ -125,10 +125,10 @@ def trained(config):
     return get
 
 
-def whole(ranks, names=None):
-    """{name: the parameter of the ranks of one replica, put together}."""
-    dims = ranks[0].tp_dim
-    return {n: p if dims[n] is None else torch.cat([r.weights[n] for r in ranks], dims[n]) for n, p in ranks[0].weights.items()}
+def together(shards, dim):
+    """What the ranks of one replica hold of a tensor -> the tensor; a replicated one must be the same on all of them."""
+    assert dim is not None or all(torch.equal(shards[0], x) for x in shards)
+    return shards[0] if dim is None else torch.cat(shards, dim)
 
 
 def assert_close(got, expected, tolerance):
@@ -142,7 +142,8 @@ def assert_same_files(one, other):
     assert a["model"].keys() == b["model"].keys() and all(torch.equal(v, b["model"][n]) for n, v in a["model"].items())
     assert a["optimizer"].keys() == b["optimizer"].keys() == a["model"].keys()
     for name, state in a["optimizer"].items():
-        assert state.keys() == b["optimizer"][name].keys() and all(torch.equal(v, b["optimizer"][name][k]) for k, v in state.items())
+        other = b["optimizer"][name]
+        assert state.keys() == other.keys() and all(torch.equal(v, other[k]) for k, v in state.items()), name
 
 
 # --- a layout trains what one process trains -------------------------------------------------------------------------
@@ -216,16 +217,14 @@ def test_a_checkpoint_of_two_ranks_holds_their_shards_put_together(trained, kind
     prepare = exactly(KINDS[kind]["optimizer"])
     one, ranks = trained(1, 1, *prepare, **KINDS[kind])[0], trained(2, 2, *prepare, **KINDS[kind])[:2]
     model, extra = nano.load_checkpoint(ranks[0].out)
-    together, dims = whole(ranks), ranks[0].tp_dim
-    assert model.state_dict().keys() == together.keys() == extra["optimizer"].keys() == one.weights.keys()
+    assert model.state_dict().keys() == extra["optimizer"].keys() == one.weights.keys()
     for name, p in model.state_dict().items():
-        assert torch.equal(p, together[name]) and p.shape == one.weights[name].shape, name
-        expected = {"momentum_buffer"} if KINDS[kind]["optimizer"] == "muon" and "layers" in name and p.dim() == 2 else {
-            "exp_avg", "exp_avg_sq", "step"}
-        assert extra["optimizer"][name].keys() == ranks[0].state[name].keys() == expected, name
+        dim, muon = ranks[0].tp_dim[name], KINDS[kind]["optimizer"] == "muon" and "layers" in name and p.dim() == 2
+        assert torch.equal(p, together([r.weights[name] for r in ranks], dim)) and p.shape == one.weights[name].shape, name
+        assert extra["optimizer"][name].keys() == ({"momentum_buffer"} if muon else {"exp_avg", "exp_avg_sq", "step"}), name
         for key, value in extra["optimizer"][name].items():
-            parts = [r.state[name][key] for r in ranks]
-            assert torch.equal(value, parts[0] if key == "step" or dims[name] is None else torch.cat(parts, dims[name])), (name, key)
+            shards = [r.state[name][key] for r in ranks]
+            assert torch.equal(value, together(shards, None if key == "step" else dim)), (name, key)
             assert value.shape == one.state[name][key].shape, (name, key)
 
 
@@ -289,7 +288,7 @@ def test_vocabulary_parallel_loss_and_z_loss_equal_the_unsharded_ones(tp):
     first[3], last[60] = 30, 30
     low, high = targets.clone().clamp(max=15), targets.clone().clamp(min=48).masked_fill(targets == -100, -100)
     cases = [(logits, targets), (logits + last, low), (logits + first, high),       # the largest logit on another rank
-             (200 * logits.sign(), targets), (logits + 200, targets), (logits - 200, targets), (100 * logits + 190 * last, targets)]
+             (200 * logits.sign(), targets), (logits + 200, targets), (logits - 200, targets)]
     ranks = run(tp, losses, tp, cases)
     for i, (x, t) in enumerate(cases):
         x = x.double().requires_grad_()
@@ -308,23 +307,22 @@ def logits_and_gradients(folder, tp, ids, docs, push):
     model, _ = nano.load_checkpoint(folder, tp=rt.tp_group)
     logits = model(ids, docs)
     (logits * push).sum().backward()
-    return logits.detach(), {n: p.grad for n, p in model.named_parameters()}, {n: p.tp_dim for n, p in model.named_parameters()}
+    named = list(model.named_parameters())
+    return logits.detach(), {n: p.grad for n, p in named}, {n: p.tp_dim for n, p in named}
 
 
 @pytest.mark.parametrize("tp, tied", [(2, True), (2, False), (4, False)])
 def test_logits_and_their_gradients_equal_the_unsharded_ones(tmp_path, tp, tied):
     start_from(tmp_path, tie_word_embeddings=tied, qk_norm=not tied, sliding_window=5)
     ids = torch.randint(320, (2, 11), generator=torch.Generator().manual_seed(1))
-    docs, push = torch.tensor([[0] * 4 + [1] * 7, [0] * 11]), torch.randn(2, 11, 320, generator=torch.Generator().manual_seed(2))
+    docs = torch.tensor([[0] * 4 + [1] * 7, [0] * 11])
+    push = torch.randn(2, 11, 320, generator=torch.Generator().manual_seed(2))
     (logits, grads, _), = run(1, logits_and_gradients, tmp_path, 1, ids, docs, push)
     ranks = run(tp, logits_and_gradients, tmp_path, tp, ids, docs, push)
     for got, _, _ in ranks:
         assert got.shape == (2, 11, 320) and torch.equal(got, ranks[0][0]) and (got - logits).abs().max() < 1e-5
     for name, dim in ranks[0][2].items():
-        parts = [g[name] for _, g, _ in ranks]
-        got = parts[0] if dim is None else torch.cat(parts, dim)
-        assert dim is not None or all(torch.equal(p, parts[0]) for p in parts), name
-        assert (got - grads[name]).norm() < 1e-5 * grads[name].norm(), name
+        assert (together([g[name] for _, g, _ in ranks], dim) - grads[name]).norm() < 1e-5 * grads[name].norm(), name
 
 
 # --- generation ------------------------------------------------------------------------------------------------------
@@ -355,7 +353,7 @@ def test_two_ranks_write_what_one_process_writes(tmp_path):
 # --- gradients -------------------------------------------------------------------------------------------------------
 
 def matrices(tp_group):
-    """Parameters of both kinds with random whole gradients -> [(parameter of this rank, its tp_dim, whole weight, gradient)]."""
+    """Parameters with random weights and gradients -> [(this rank's part, its tp_dim, whole weight, whole gradient)]."""
     draw, result = torch.Generator().manual_seed(0), []
     for shape, dim in (((16, 8), 0), ((8, 16), 1), ((8, 8), 0), ((16, 8), 1), ((8,), None)):
         weight, grad = (torch.randn(shape, generator=draw) for _ in "wg")
@@ -412,20 +410,22 @@ def test_muon_on_shards_updates_as_on_whole_matrices(tp):
 
 # --- what travels ----------------------------------------------------------------------------------------------------
 
+SITES = {"_allreduce_fut": "gradients, by DDP", "clip_grad_norm": "gradient norm", "Muon.step": "Muon, updates",
+         "all_sum": "counts, loss, signal", "pace": "pace, when logged", "Transformer.loss_sums": "loss",
+         "Embedding.forward": "embedding", "Block.forward": "blocks, forward", "_Copy.backward": "blocks and head, backward"}
+
+
 def tally(cfg):
-    """One step (the first, which is logged) -> ({what: [calls, bytes]}, parameters on this rank)."""
-    sent, snapshots, held = {}, [], []
+    """The first step, which is logged -> {what was sent: (calls, bytes that this rank handed to collectives)}."""
+    sent, snapshots = {}, []
 
     def count(_, tensor, *args, **kwargs):
         tensor = args[0] if isinstance(tensor, list) else tensor        # all_gather(list, tensor)
         frame, names = sys._getframe(2), []
-        while frame and len(names) < 12:
+        while frame:
             names.append(frame.f_code.co_qualname)
             frame = frame.f_back
-        what = next((what for where, what in (
-            ("_allreduce_fut", "gradients"), ("clip_grad_norm", "gradient norm"), ("Muon.step", "Muon"), ("all_sum", "counts"),
-            ("pace", "pace"), ("Transformer.loss_sums", "loss"), ("Embedding.forward", "embedding"), ("_Copy.backward", "backward"),
-            ("Block.forward", "forward")) if where in names), names[0])
+        what = next((what for site, what in SITES.items() if site in names), names[0])
         calls, size = sent.get(what, (0, 0))
         sent[what] = calls + 1, size + tensor.numel() * tensor.element_size()
 
@@ -437,73 +437,59 @@ def tally(cfg):
     after(dist, "all_reduce", count), after(dist, "all_gather", count)
     after(DistributedDataParallel, "__init__", lambda _, self, *args, process_group, **kwargs: self.register_comm_hook(
         process_group, allreduce_hook))                 # DDP's own all-reduces are in C++: have them made in Python
-    after(train, "begin", lambda run, *_: held.append(sum(p.numel() for p in run.model.parameters())))
     after(train, "lr_at", snapshot)
     try:
         train.main(cfg)
     except StopIteration:
         pass
     first, second = snapshots
-    return {k: (n - first.get(k, (0, 0))[0], b - first.get(k, (0, 0))[1]) for k, (n, b) in second.items()
-            if n > first.get(k, (0, 0))[0]}, held[0]
+    step = {k: (n - first.get(k, (0, 0))[0], b - first.get(k, (0, 0))[1]) for k, (n, b) in second.items()}
+    return {k: v for k, v in step.items() if v != (0, 0)}
 
 
-def payload(cfg, dp, tp, held, buckets):
-    """{what: (calls, bytes handed to the collective, members, a formula)}: what a step should send. cfg: Muon, no micro-batches."""
-    L, d, width, vocab = cfg.num_hidden_layers, cfg.hidden_size, 2 if cfg.dtype == "bfloat16" else 4, 320
-    tokens, matrices = cfg.batch_tokens // dp, nano.num_params(nano.shape_of(cfg)) - vocab * d - (2 * L + 1) * d
-    q, kv, f = cfg.num_attention_heads * d // cfg.num_attention_heads, cfg.num_key_value_heads * d // cfg.num_attention_heads, 0
-    rows = {}
-    if tp > 1:
-        x = tokens * d * width
-        rows |= {"embedding": (1, x, tp, "BTd·a"), "forward": (2 * L, 2 * L * x, tp, "2L·BTd·a"),
-                 "backward": (2 * L + 1, (2 * L + 1) * x, tp, "(2L + 1)·BTd·a"), "loss": (2, 12 * tokens, tp, "3·BT·4"),
-                 "gradient norm": (1, 4, tp, "4"), "Muon": (3, 2 * matrices // tp, tp, "M·2 / tp")}
+def payload(cfg, dp, tp):
+    """What a step of Muon without micro-batches should send: {what: (calls, bytes, ranks that take part, formula)}."""
+    L, d = cfg.num_hidden_layers, cfg.hidden_size
+    tokens, a = cfg.batch_tokens // dp, 2 if cfg.dtype == "bfloat16" else 4
+    norms, embedding = (2 * L + 1) * d, 320 * d
+    hidden, x = nano.num_params(nano.shape_of(cfg)) - norms - embedding, tokens * d * a
+    rows = {"counts, loss, signal": (2, 8 + 16, dp * tp, "8; 16"), "pace, when logged": (1, 16, dp * tp, "16")}
     if dp > 1:
-        rows["gradients"] = buckets, 4 * held, dp, "N·4"
-    return rows | {"counts": (2, 24, dp * tp, "3·8"), "pace": (1, 16, dp * tp, "2·8")}
+        rows["gradients, by DDP"] = 2, 4 * ((hidden + embedding) // tp + norms), dp, "4 N"
+    if tp > 1:
+        rows |= {"embedding": (1, x, tp, "BTd a"), "blocks, forward": (2 * L, 2 * L * x, tp, "2 L BTd a"),
+                 "blocks and head, backward": (2 * L + 1, (2 * L + 1) * x, tp, "(2 L + 1) BTd a"),
+                 "loss": (2, 3 * tokens * 4, tp, "3 BT 4"), "gradient norm": (1, 4, tp, "4"),
+                 "Muon, updates": (3, 2 * hidden // tp, tp, "2 M / tp")}       # of three shapes
+    return rows
 
 
-def show(table):
-    """Rows for the README."""
-    print("\n\n| dp x tp | activations | what | calls | payload, bytes | formula | sent per rank, bytes |\n|---|---|---|---:|---:|---|---:|")
-    names = dict(embedding="embedding, forward: sum", forward="blocks, forward: 2 sums each", backward="blocks and head, backward",
-                 loss="loss: maximum; sum and target", Muon="Muon: all-gather", gradients="gradients (DDP)", counts="counted tokens, loss, "
-                 "signal", pace="pace (steps that are logged)")
-    for layout, dtype, sent, rows in table:
-        for what, (calls, size, n, formula) in rows.items():
-            ring = (n - 1) * size if what in ("Muon", "pace") else 2 * (n - 1) * size // n
-            print(f"| {layout} | {dtype} | {names.get(what, what)} | {sent[what][0]} | {sent[what][1]:,} | {formula} | {ring:,} |")
+def show(dp, tp, cfg, sent):
+    """Rows for the README. On a ring a rank sends 2 (n - 1) / n times an all-reduce's payload, n - 1 times an all-gather's."""
+    for what, (_, _, n, formula) in payload(cfg, dp, tp).items():
+        calls, size = sent[what]
+        ring = (n - 1) * size if "Muon" in what or "pace" in what else 2 * (n - 1) * size // n
+        print(f"| {dp} x {tp} | {cfg.dtype} | {what} | {calls} | {size:,} | {formula} | {ring:,} |")
 
 
-@pytest.fixture(scope="session")
-def traffic(config):
-    """One step of the default model, of 2,048 tokens: [(dp, tp, configuration, what rank 0 counted, parameters it holds)]."""
-    shape = {k: getattr(train.Config(), k) for k in (*SHAPE, "batch_tokens")}
-    result = []
-    for dp, tp in ((1, 2), (2, 1), (2, 2)):
-        for dtype in ("bfloat16", "float32")[tp == 1:]:     # gradients are float32 either way
-            cfg = config(**shape | dict(init="", tp=tp, dtype=dtype, steps=2))
-            result.append((dp, tp, cfg, *run(dp * tp, tally, cfg)[0]))
-    return result
-
-
-def test_a_step_sends_what_the_formulas_say(traffic):
-    table = []
-    for dp, tp, cfg, sent, held in traffic:
-        cfg.vocab_size = 320
-        expected = payload(cfg, dp, tp, held, sent.get("gradients", (0,))[0])
-        assert sent == {k: v[:2] for k, v in expected.items()}
-        assert sent.get("gradients", (1,))[0] <= 4      # a few buckets, not one message for every parameter
-        table.append((f"{dp} x {tp}", cfg.dtype, sent, expected))
-    show(table)
+def test_a_step_sends_what_the_formulas_say(config):
+    """One step of the default model, of 2,048 tokens."""
+    shape = {k: getattr(train.Config(), k) for k in (*SHAPE, "batch_tokens")} | dict(init="", vocab_size=320, steps=2)
+    print("\n\nB rows of T tokens in a replica, width d, L layers, a bytes an activation, M parameters of Muon, N on a rank\n"
+          "\n| dp x tp | activations | what | calls | payload, bytes | formula | sent by a rank of a ring |\n"
+          "|---|---|---|---:|---:|---|---:|")
+    for dp, tp, dtype in ((1, 2, "bfloat16"), (1, 2, "float32"), (2, 1, "float32"), (2, 2, "bfloat16"), (2, 2, "float32")):
+        cfg = config(**shape, tp=tp, dtype=dtype)
+        sent = run(dp * tp, tally, cfg)
+        assert sent[0] == {k: v[:2] for k, v in payload(cfg, dp, tp).items()} and all(s == sent[0] for s in sent)
+        show(dp, tp, cfg, sent[0])
 
 
 def test_micro_batches_exchange_gradients_once_a_step(config):
     sums = []
     for micro_batch in (0, 1):
         cfg = config(steps=2, micro_batch=micro_batch)
-        sums.append(run(2, tally, cfg)[0][0]["gradients"])
+        sums.append(run(2, tally, cfg)[0]["gradients, by DDP"])
     assert sums[0] == sums[1] and sums[0][1] == 4 * nano.num_params(nano.load_checkpoint(cfg.init)[0].config)
 
 
@@ -521,8 +507,8 @@ def drawn(cfg):
 
 
 def test_ranks_draw_unlike_shards_and_share_what_is_replicated(config):
-    shape = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, num_key_value_heads=4, qk_norm=True, tie_word_embeddings=False)
-    ranks, sizes = run(4, drawn, config(**shape | dict(init="", tp=4))), set()
+    shape = dict(hidden_size=256, intermediate_size=512, num_attention_heads=4, qk_norm=True, tie_word_embeddings=False)
+    ranks, sizes = run(4, drawn, config(**shape, init="", tp=4)), set()
     for name, dim in ranks[0][1].items():
         for (a, _), (b, _) in itertools.combinations(ranks, 2):
             if dim is None:
@@ -647,8 +633,10 @@ def test_processes_that_tp_does_not_divide_are_refused(monkeypatch, world, tp):
 
 
 def test_a_batch_that_replicas_or_micro_batches_cannot_share_is_refused(config):
-    for dp, change, message in ((3, {}, r"--batch_tokens=256: a multiple of --max_position_embeddings=32 times 3 replicas expected"),
-                                (16, {}, r"times 16 replicas"), (2, dict(micro_batch=8), r"--micro_batch=8: a divisor of the step's 4 rows")):
+    for dp, change, message in (
+            (3, {}, "^--batch_tokens=256: a multiple of --max_position_embeddings=32 times 3 replicas expected"),
+            (16, {}, "times 16 replicas"),
+            (2, dict(micro_batch=8), "^--micro_batch=8: a divisor of the step's 4 rows expected")):
         with pytest.raises(SystemExit, match=message) as error:
             train.check(config(**change), SimpleNamespace(dp_size=dp))
         assert "\n" not in str(error.value)

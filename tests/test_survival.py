@@ -14,7 +14,7 @@ from test_train import equal, small_run, stopped_run, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = {"alone": (1, {}), "dp": (2, {}), "tp": (2, dict(tp=2))}      # processes, flags
-STEPS, SAVE_EVERY, KILLS = 60, 3, ["start"] + 4 * ["step"] + 5 * ["save"]
+STEPS, SAVE_EVERY = 60, 3
 GO, PIDS, FOREVER = 2, 3, 10**9                         # places on the board
 
 
@@ -96,8 +96,7 @@ class Cut:
 
 
 def in_a_save(victim, number, moment, share):
-    """-> a strike: SIGKILL to rank `victim` in the number-th checkpoint that rank 0 writes: after a share of its bytes, or
-    before the bytes are safe ("fsync"), renamed ("replace"), safe under their name ("directory") or old ones deleted."""
+    """-> a strike: SIGKILL to rank `victim` in the number-th checkpoint that rank 0 writes, at a moment as in IN_SAVES."""
     def strike(board):
         original, count = nano.save_checkpoint, []
 
@@ -182,32 +181,40 @@ def assert_the_same_run(out, other):
 
 # --- killed ----------------------------------------------------------------------------------------------------------
 
+# Kills in saves, five of ten: of this rank, while rank 0 is there. "bytes": after some share of the file; otherwise before it
+# is safe ("fsync"), renamed ("replace"), safe under its new name ("directory"), or older ones are deleted ("delete").
+IN_SAVES = {"alone": [(0, "bytes"), (0, "bytes"), (0, "bytes"), (0, "fsync"), (0, "delete")],
+            "dp": [(0, "bytes"), (0, "bytes"), (0, "directory"), (1, "bytes"), (1, "replace")],
+            "tp": [(0, "bytes"), (0, "bytes"), (0, "replace"), (1, "bytes"), (1, "fsync")]}
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ten_kills_at_random_moments_half_of_them_in_saves_change_nothing(layout, config, undisturbed):
-    """The same command again and again. A kill comes after the first save since the last one, so the run gets on."""
-    (world, _), draw, torn, codes = LAYOUTS[layout], random.Random(layout), 0, []
-    cfg = config(layout, "killed", save_every=SAVE_EVERY, resume=True)
-    out, kinds = Path(cfg.out), draw.sample(KILLS, len(KILLS))
-    moments = iter(draw.sample(["bytes", "bytes", "bytes", *draw.sample(["fsync", "replace", "directory", "delete"], 2)], 5))
-    for kind in kinds:
-        at, victim, board, strike = newest(out).get("step", 0), draw.randrange(world), new_board(), None
-        if kind == "save":
-            strike = in_a_save(victim, 2, next(moments), draw.random())
-        target = at + SAVE_EVERY + draw.randint(1, 3)
-        ranks = processes.start(world, under_fire, cfg, board, FOREVER if strike else target + 3, strike)
-        if kind == "start":                             # reading data, meeting, building the model
+    """The same command again and again. A kill comes only after a save, in the next one or soon after, so the run gets on."""
+    (world, _), draw, cfg = LAYOUTS[layout], random.Random(layout), config(layout, "killed", save_every=SAVE_EVERY, resume=True)
+    out, kills = Path(cfg.out), IN_SAVES[layout] + [(i % world, "step") for i in range(4)] + [(world - 1, "start")]
+    for victim, moment in draw.sample(kills, 10):
+        at, board, strike, target = newest(out).get("step", 0), new_board(), None, FOREVER
+        if moment in ("start", "step"):
+            target = at + SAVE_EVERY + draw.randint(1, 3)
+        else:
+            strike = in_a_save(victim, 2, moment, draw.random())
+        ranks = processes.start(world, under_fire, cfg, board, target + 3, strike)
+        if moment == "start":                           # reading data, meeting, building the model
             time.sleep(draw.uniform(0, 0.3))
-        elif kind == "step":
+        elif moment == "step":
             wait_for(lambda: board[victim] >= target or not ranks[victim].is_alive())
             time.sleep(draw.uniform(0, 0.02))
-        if kind != "save":
+        if not strike:
             ranks[victim].kill()
         board[GO] = 1                                   # who waits at `hold` sees now that somebody is missing
-        codes.append(ended(ranks))                      # all others end by themselves
-        assert codes[-1][victim] == -signal.SIGKILL and 0 not in codes[-1], (kind, codes)
-        torn += bool(list(out.glob("ckpt_*.tmp")))
-        assert newest(out).get("step", 0) >= at + (0 if kind == "start" else SAVE_EVERY)
-    assert len(codes) == 10 and (torn >= 3 or world == 2), "too few kills hit a half-written file"
+        codes = ended(ranks)                            # all others end by themselves
+        assert codes[victim] == -signal.SIGKILL and 0 not in codes, (moment, codes)
+        got = newest(out).get("step", 0) - at
+        if strike:                                      # did it hit what it should?
+            torn = victim == 0 and moment in ("bytes", "fsync", "replace")
+            assert bool(list(out.glob("ckpt_*.tmp"))) == torn and got == (1 if torn else 2) * SAVE_EVERY, moment
+        assert got >= (0 if moment == "start" else SAVE_EVERY)
     assert ended(processes.start(world, under_fire, cfg, new_board())) == [0] * world
     assert_the_same_run(out, undisturbed(layout))
 

@@ -594,7 +594,7 @@ def test_a_run_with_a_slow_loader_says_so_once_and_records_its_pace(config, monk
     assert out.count("WARNING: rank 0 waits ") == 1 and re.search(r"\| data \d\d\.\d %", out)
     training = [r for r in rows(cfg) if "grad_norm" in r]
     assert all(0.05 < r["data_wait"] < 1 for r in training) and "tok_per_s_p5" not in training[0]
-    assert 0 < training[-1]["tok_per_s_p5"] <= training[-1]["tok_per_s_median"] < 256 / 0.03
+    assert 0 < training[-1]["tok_per_s_p5"] <= training[-1]["tok_per_s_median"] < 256 / 0.015
     assert all("slowest_rank" not in r for r in training)       # there is but one
 
 
