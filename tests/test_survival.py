@@ -360,17 +360,6 @@ def torchrun(folder, cfg, *agents, faults="no", seconds=60):
             job.communicate(timeout=60)
 
 
-def test_torchrun_restarts_a_killed_job_which_goes_on_by_itself_and_names_a_rank_that_raised(config, undisturbed, tmp_path):
-    """One job: rank 1 is killed in step 9, all start again and go on after step 6, rank 1 raises in step 15, and that is it.
-    A third start completes the run, which is the undisturbed one."""
-    cfg = config("dp", "torchrun", save_every=SAVE_EVERY)
-    (status, said), = torchrun(tmp_path, cfg, ["--standalone", "--nproc_per_node=2", "--max_restarts=1"], faults="yes")
-    assert (tmp_path / "killed").exists() and said.count("resuming after step 6") == 1, said
-    assert status != 0 and "RuntimeError: rank 1 had a bad day" in said
-    assert re.search(r"Root Cause[^\0]*rank *: 1[^\0]*rank 1 had a bad day", said)      # torchrun's closing summary
-    assert newest(cfg.out)["step"] == 12
-    assert ended(processes.start(2, under_fire, dataclasses.replace(cfg, resume=True), new_board())) == [0, 0]
-    assert_the_same_run(cfg.out, undisturbed("dp"))
 
 
 def test_two_torchrun_agents_train_what_two_processes_of_one_machine_train(config, undisturbed, tmp_path):
