@@ -238,12 +238,27 @@ def _groups(device, world, tp):
         if device.type == "cuda":
             torch.cuda.set_device(device)
         if not dist.is_initialized():
-            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+            dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **_store())
         if tp > 1:  # neighbours share a model, for they share a machine and its NVLink
             tp_group, _ = dist.new_subgroups_by_enumeration([list(range(i, i + tp)) for i in range(0, world, tp)])
         if tp < world:
             dp_group, _ = dist.new_subgroups_by_enumeration([list(range(i, world, tp)) for i in range(tp)])
     return dp_group, tp_group
+
+
+def _store():
+    """Where the processes find each other, as arguments of init_process_group; {}: torch's own choice.
+
+    Torchrun keeps one store for all its starts, and a process that reads there the address of one that has died waits for
+    it for ever (pytorch issue 135712). So each start of a machine has its own names; several machines count their starts
+    differently and need a new store."""
+    if _env("GROUP_WORLD_SIZE", 1) == 1 and "TORCHELASTIC_RUN_ID" in os.environ:
+        store, rank, world = next(dist.rendezvous("env://"))
+        return dict(store=dist.PrefixStore(f"start {_env('TORCHELASTIC_RESTART_COUNT', 0)}", store), rank=rank, world_size=world)
+    if _env("TORCHELASTIC_MAX_RESTARTS", 0) and os.environ["TORCHELASTIC_USE_AGENT_STORE"] == "True":
+        raise SystemExit("torchrun --max_restarts on several machines: expected the environment variable "
+                         "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 and --rdzv_backend=c10d")
+    return {}
 
 
 def all_sum(rt, *numbers):
@@ -490,7 +505,8 @@ class Log:
 
     def close(self):
         self.bar.close()
-        self.file.close()
+        with contextlib.suppress(OSError):  # of rows that a full disk has not taken
+            self.file.close()
         if self.wandb:
             self.wandb.finish()
 

@@ -577,8 +577,8 @@ def save_checkpoint(directory, model, step=0, consumed_samples=0, stage="base", 
     try:
         with atomic(path) as f:
             torch.save(state, f)
-    except RuntimeError as e:  # what torch makes of a failed write
-        raise OSError(f"{path} cannot be written ({str(e)[:80]}): is the disk full?") from None
+    except RuntimeError as e:  # torch's own word for a failed write, with the reason behind it
+        raise OSError(f"{path} cannot be written: {e.__context__ or e}") from None
     for old in checkpoints(directory)[keep:]:
         old.unlink()
     return path

@@ -278,13 +278,24 @@ def check(cfg, rt):
             raise SystemExit(message)
 
 
-def claim(out, cfg):
-    """May this run write to `out`? Refuses where another run would suffer -> whether there is one to resume."""
-    files = nano.checkpoints(out)
+def other_settings(cfg, recorded):
+    """Names of what `recorded`, the settings of a run, has otherwise than cfg, but for what may change on the way and for
+    the shape that cfg leaves to its --init or to the tokenizer."""
+    left = {f.name for f in dataclasses.fields(nano.Config)} - {"max_position_embeddings"} if cfg.init else {"vocab_size"}
+    free = NOT_THE_EXPERIMENT | (left if cfg.init or not cfg.vocab_size else set())
+    return [k for k, v in dataclasses.asdict(cfg).items() if k in recorded and k not in free and v != recorded[k]]
+
+
+def claim(out, cfg, restarted=False):
+    """May this run write to `out`? Refuses where another run would suffer -> whether there is one to resume.
+
+    restarted: torchrun --max_restarts has started the same command again, for a process died. Then the run goes on without
+    --resume, but only if it is this very run: the first start may have died early, or of being refused here."""
+    files, path = nano.checkpoints(out), out / "config.json"
+    other = other_settings(cfg, json.loads(path.read_text(encoding="utf-8"))) if path.exists() else ["origin"]
+    if files and restarted and not other:
+        return True
     if files and not cfg.resume and not cfg.overwrite:
-        before = json.loads((out / "config.json").read_text(encoding="utf-8")) if (out / "config.json").exists() else {}
-        now = dataclasses.asdict(cfg) | ({"vocab_size": before.get("vocab_size")} if not cfg.vocab_size else {})
-        other = [k for k in now if k not in NOT_THE_EXPERIMENT and before.get(k) != now[k]]
         what = f"another run (other {', '.join(other[:5])})" if other else "this very run"
         raise SystemExit(f"{out}: holds {what}, up to step {int(files[0].stem[5:])}: --resume goes on with it, "
                          f"--overwrite deletes it, --out=DIR leaves it alone")
@@ -297,7 +308,6 @@ def build(cfg, rt, tokenizer, start_from=""):
         model, extra = nano.load_checkpoint(start_from, rt.device, rt.tp_group)
         if extra["tokenizer"] != cfg.tokenizer:
             raise SystemExit(f"--tokenizer={cfg.tokenizer}: {start_from} was trained with {extra['tokenizer']}")
-        model.config.max_position_embeddings = cfg.max_position_embeddings  # row length is a choice of the run, not a shape
     else:
         if 0 < cfg.vocab_size < tokenizer.vocab_size:
             raise SystemExit(f"--vocab_size={cfg.vocab_size}: at least the tokenizer's {tokenizer.vocab_size} expected")
@@ -357,7 +367,7 @@ def begin(cfg, rt):
     """Data, model, optimizers and where the run stands: everything main() needs, new or from the newest checkpoint."""
     out, rows = Path(cfg.out), cfg.batch_tokens // cfg.max_position_embeddings
     locked = infra.lock(out) if rt.rank == 0 else None
-    resuming = on_rank_0(rt, claim, out, cfg)
+    resuming = on_rank_0(rt, claim, out, cfg, all_sum(rt, rt.restarts)[0] > 0)  # each machine counts its own
     try:
         with in_turn(rt):
             tokenizer = data.get_tokenizer(cfg.tokenizer)
@@ -367,6 +377,8 @@ def begin(cfg, rt):
         for s in sources:  # better now than at the first evaluation
             data.count_rows(f"{s.name}.val", s.val, cfg.max_position_embeddings)
         model, extra = build(cfg, rt, tokenizer, out if resuming else cfg.init)
+        if not resuming:  # the length of rows is a choice of the run that starts from --init, not of the shape there
+            model.config.max_position_embeddings = cfg.max_position_embeddings
         step, consumed = (extra["step"], extra["consumed_samples"]) if resuming else (0, 0)
         before = extra["train_config"].get("skip_samples", "") if resuming else ""
         if data.skipped(before, consumed) != data.skipped(cfg.skip_samples, consumed):
@@ -375,8 +387,7 @@ def begin(cfg, rt):
     except ValueError as e:
         raise SystemExit(str(e)) from None
     shape = dataclasses.asdict(model.config)
-    other = [k for k in shape if resuming and shape[k] != getattr(cfg, k) and (k, getattr(cfg, k)) != ("vocab_size", 0)]
-    if other:
+    if resuming and (other := other_settings(cfg, shape)):
         raise SystemExit(f"--resume: {out} has {', '.join(f'{k}={shape[k]}' for k in other)}: the same expected, "
                          f"or --init={out} and another --out")
     cfg = dataclasses.replace(cfg, **shape)  # config.json records what is trained
@@ -393,7 +404,7 @@ def begin(cfg, rt):
         raise SystemExit(f"{len(complaints)} faults, so there is no training: {'; '.join(complaints[:3])}; ... "
                          f"(a demonstration: --tp_same_seed=ignore)")
     if rt.rank == 0:
-        if cfg.overwrite:  # only now: an error above would have cost the old run and started no new one
+        if cfg.overwrite and not resuming:  # only now: an error above would have cost the old run and started no new one
             for f in [*nano.checkpoints(out), out / "metrics.jsonl"]:
                 f.unlink(missing_ok=True)
         # without the flags: repeating the run deletes nothing
@@ -480,8 +491,6 @@ def update(run, loss, norm, lr):
 def main(cfg):
     """Train; returns the last evaluation and the totals."""
     rt = infra.setup(cfg)
-    if rt.restarts:  # torchrun --max_restarts: a process died, and all were started again with the same command
-        cfg = dataclasses.replace(cfg, resume=True, overwrite=False)
     check(cfg, rt)
     if cfg.bench:
         return bench(cfg, rt)

@@ -191,8 +191,9 @@ IN_SAVES = {"alone": [(0, "bytes"), (0, "bytes"), (0, "bytes"), (0, "fsync"), (0
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_ten_kills_at_random_moments_half_of_them_in_saves_change_nothing(layout, config, undisturbed):
     """The same command again and again. A kill comes only after a save, in the next one or soon after, so the run gets on."""
-    (world, _), draw, cfg = LAYOUTS[layout], random.Random(layout), config(layout, "killed", save_every=SAVE_EVERY, resume=True)
+    (world, _), cfg = LAYOUTS[layout], config(layout, "killed", save_every=SAVE_EVERY, resume=True)
     out, kills = Path(cfg.out), IN_SAVES[layout] + [(i % world, "step") for i in range(4)] + [(world - 1, "start")]
+    draw = random.Random(layout)
     for victim, moment in draw.sample(kills, 10):
         at, board, strike, target = newest(out).get("step", 0), new_board(), None, FOREVER
         if moment in ("start", "step"):
@@ -208,7 +209,9 @@ def test_ten_kills_at_random_moments_half_of_them_in_saves_change_nothing(layout
         if not strike:
             ranks[victim].kill()
         board[GO] = 1                                   # who waits at `hold` sees now that somebody is missing
-        codes = ended(ranks)                            # all others end by themselves
+        if moment == "start":                           # gloo would wait for half an hour; torchrun ends the others like this
+            [p.terminate() for p in ranks]
+        codes = ended(ranks)                            # in training all others end by themselves
         assert codes[victim] == -signal.SIGKILL and 0 not in codes, (moment, codes)
         got = newest(out).get("step", 0) - at
         if strike:                                      # did it hit what it should?
@@ -263,6 +266,17 @@ def on_a_full_disk(cfg, space):
             Path(cfg.out + ".said").write_text(said.getvalue(), encoding="utf-8")
 
 
+def test_a_full_disk_costs_checkpoints_but_not_the_run(config, undisturbed):
+    """torch.save fails with different exceptions at the first byte, in the tensors and in the table at the end."""
+    cfg, size = config("alone", "full", save_every=10), nano.checkpoints(undisturbed("alone"))[0].stat().st_size
+    space = {20: 0, 30: 100, 40: size // 2, 50: size - 500}
+    assert ended(processes.start(1, on_a_full_disk, cfg, space)) == [0]
+    said = Path(cfg.out + ".said").read_text(encoding="utf-8")
+    for step in space:
+        assert re.search(rf"WARNING: step {step} was not saved: .*File too large.*; the last checkpoint is of step 10\n", said)
+        assert f"after {step}: 10 []\n" in said         # still readable, and nothing half-written beside it
+    assert said.count("was not saved") == 4
+    assert_the_same_run(cfg.out, undisturbed("alone"))
 
 
 @pytest.mark.parametrize("layout", ["alone", "dp"])
@@ -278,6 +292,20 @@ def test_a_full_disk_at_the_end_is_an_error_and_the_run_can_go_on_later(layout, 
     assert_the_same_run(cfg.out, undisturbed(layout))
 
 
+def test_a_disk_without_room_for_a_metrics_row_does_not_end_the_run(config, undisturbed):
+    cfg = config("alone", "no rows")
+
+    def go():
+        original = train.begin
+
+        def begin(*args):
+            run = original(*args)
+            run.log.file = open("/dev/full", "w")
+            return run
+        train.begin = begin
+        return under_fire(cfg, new_board())
+    processes.run(1, go)
+    assert same(newest(cfg.out)["model"], newest(undisturbed("alone"))["model"])
 
 
 # --- two at once -----------------------------------------------------------------------------------------------------
@@ -313,10 +341,37 @@ def test_a_restarted_command_goes_on_where_the_job_died_whatever_its_flags(chang
     assert_the_same_run(cfg.out, undisturbed("alone"))
 
 
+def test_a_restarted_command_whose_shape_came_from_init_goes_on_too(config, monkeypatch):
+    """Where it died, not at the checkpoint that it once started from, and whatever shape the flags name."""
+    base, small = config("alone", "init-base", steps=2, hidden_size=16), dict(steps=8, save_every=2)
+    train.main(base)
+    cfg, whole = (config("alone", f"init-{name}", init=base.out, **small) for name in ("parts", "whole"))
+    train.main(whole)
+    stopped_run(cfg, 5)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train.main(cfg)
+    assert equal(weights(cfg.out), weights(whole.out)) and weights(cfg.out)["norm.weight"].shape == (16,)
 
 
+def test_a_restart_goes_on_with_no_run_that_the_first_start_refused(config, monkeypatch):
+    """torchrun --max_restarts starts a command again that ended with "holds another run" too."""
+    cfg = config("alone", "foreign", steps=4)
+    train.main(cfg)
+    before = {f.name: f.read_bytes() for f in Path(cfg.out).iterdir() if f.name != ".lock"}
+    for restarts in ("0", "1", "2"):
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", restarts)
+        with pytest.raises(SystemExit, match=r"holds another run \(other lr\)"):
+            train.main(dataclasses.replace(cfg, lr=1e-5))
+        assert {f.name: f.read_bytes() for f in Path(cfg.out).iterdir() if f.name != ".lock"} == before
 
 
+def test_a_restart_still_overwrites_the_old_run_if_the_first_start_died_before_it_could(config, monkeypatch):
+    cfg = config("alone", "overwritten", steps=4)
+    train.main(cfg)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    train.main(dataclasses.replace(cfg, lr=1e-3, overwrite=True))
+    train.main(config("alone", "from scratch", steps=4, lr=1e-3))
+    assert equal(weights(cfg.out), weights(config("alone", "from scratch").out))
 
 
 # A script that trains, but misbehaves where its first word says; markers beside it tell what has happened already.
@@ -360,6 +415,17 @@ def torchrun(folder, cfg, *agents, faults="no", seconds=60):
             job.communicate(timeout=60)
 
 
+def test_torchrun_restarts_a_killed_job_which_goes_on_by_itself_and_names_a_rank_that_raised(config, undisturbed, tmp_path):
+    """One job: rank 1 is killed in step 9, all start again and go on after step 6, rank 1 raises in step 15, and that is it.
+    A third start completes the run, which is the undisturbed one."""
+    cfg = config("dp", "torchrun", save_every=SAVE_EVERY)
+    (status, said), = torchrun(tmp_path, cfg, ["--standalone", "--nproc_per_node=2", "--max_restarts=1"], faults="yes")
+    assert (tmp_path / "killed").exists() and said.count("resuming after step 6") == 1, said
+    assert status != 0 and "RuntimeError: rank 1 had a bad day" in said
+    assert re.search(r"Root Cause[^\0]*rank *: 1[^\0]*rank 1 had a bad day", said)      # torchrun's closing summary
+    assert newest(cfg.out)["step"] == 12
+    assert ended(processes.start(2, under_fire, dataclasses.replace(cfg, resume=True), new_board())) == [0, 0]
+    assert_the_same_run(cfg.out, undisturbed("dp"))
 
 
 def test_two_torchrun_agents_train_what_two_processes_of_one_machine_train(config, undisturbed, tmp_path):
