@@ -12,7 +12,7 @@ SmolLM3 (playbook, "Architecture choices") is Llama with four changes, each one 
 Names are Hugging Face's, so that exporting is renaming. Shapes in comments: B rows, T tokens, S cached tokens,
 H query heads, KV key/value heads, D head_dim, V vocabulary.
 """
-import codecs, copy, dataclasses, json, math, sys, time, zipfile
+import codecs, copy, dataclasses, json, math, sys, time, zipfile, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -343,19 +343,22 @@ class Transformer(nn.Module):
             if p.dim() == 2:
                 nn.init.normal_(p, std=config.initializer_range)
 
-    def forward(self, ids, doc_ids=None, targets=None):
+    def forward(self, ids, doc_ids=None, targets=None, reduction="sum"):
         """ids (B, T) -> logits (B, T, V), float32.
 
         doc_ids (B, T), any integers: tokens see only their own document (rows hold several, packed end to end).
         targets (B, T), -100 = not counted: instead of logits return two sums over the counted tokens, (nll, z):
         -log p(target) in nats, and logsumexp², the z-loss (PaLM, arXiv 2204.02311) that keeps logits from drifting.
-        Sums, not means: only the caller knows how many tokens the whole step has.
+        Sums, not means: only the caller knows how many tokens the whole step has. reduction "none": instead of the sums
+        log p(target) (B, T), 0 where it is not counted, for those who need them token by token or row by row.
         """
         x = self.embed_tokens(ids, self.compute_dtype)
         rope, masks = self.rope(torch.arange(ids.shape[1], device=ids.device)), self.masks(x, doc_ids)
         for layer in self.layers:
             x = layer(x, rope, masks)
-        return self.logits(x) if targets is None else self.loss_sums(x, targets)
+        if targets is None:
+            return self.logits(x)
+        return self.loss_sums(x, targets) if reduction == "sum" else self.logps(x, targets)[0]
 
     def rope(self, positions):
         """positions (T,) or (B, T) -> cos, sin (.., 1, D). Angles need float32: bf16 cannot tell 60,000 from 60,001."""
@@ -387,6 +390,11 @@ class Transformer(nn.Module):
         return tp_sum(F.pad(logits, (n * self.tp.rank(), V - n * (self.tp.rank() + 1))), self.tp)
 
     def loss_sums(self, x, targets):
+        logp, lse = self.logps(x, targets)
+        return -logp.sum(), lse.square().sum()
+
+    def logps(self, x, targets):
+        """log p(target) and the logsumexp of the logits, both (B, T) and 0 where targets are -100."""
         logits, counted = self.own_logits(x), targets != -100
         at, mine = self.embed_tokens.mine(targets)
         picked = logits.gather(-1, at[..., None])[..., 0]
@@ -397,7 +405,7 @@ class Transformer(nn.Module):
             dist.all_reduce(top, dist.ReduceOp.MAX, group=self.tp)
             total, target = tp_sum(torch.stack(((lse - top).exp(), target)), self.tp)
             lse = top + total.log()  # the true one: the z-loss of a logsumexp without `top` would not see logits grow
-        return (lse - target).masked_fill(~counted, 0).sum(), lse.square().masked_fill(~counted, 0).sum()
+        return (target - lse).masked_fill(~counted, 0), lse.masked_fill(~counted, 0)
 
     def step(self, ids, cache, at, positions, mask):
         """Next-token logits (B, V) after ids (B, T), whose keys and values are stored at places `at` (T,).
@@ -560,19 +568,21 @@ def checkpoints(directory):
 
 
 def save_checkpoint(directory, model, step=0, consumed_samples=0, stage="base", tokenizer="bytes", optimizer=None,
-                    train_config=None, monitor=None, keep=2):
+                    train_config=None, monitor=None, keep=2, lora=None):
     """Write ckpt_<step>.pt (atomically) and then delete all but the newest `keep`. Every rank of model.tp calls, one writes.
 
     A dict of tensors and plain types: full float32 weights, so that any later stage, layout or program can read it.
-    optimizer: {parameter name: {state name: tensor}}; monitor: what the training loop remembers besides (plain types).
-    Two are kept, for the newest may turn out to be unreadable.
+    optimizer: {parameter name: {state name: tensor}}; monitor: what the training loop remembers besides (tensors, plain
+    types). lora: scale, and base and crc of the file that the adapters belong to; then only they, what is trained, are
+    written. Two are kept, for the newest may turn out to be unreadable.
     """
-    weights = {n: unshard([p.detach()], [p.tp_dim], model.tp)[0].to("cpu", torch.float32) for n, p in model.named_parameters()}
+    weights = {n: unshard([p.detach()], [p.tp_dim], model.tp)[0].to("cpu", torch.float32)
+               for n, p in model.named_parameters() if p.requires_grad or not lora}
     if model.tp is not None and model.tp.rank():
         return
     state = dict(model=weights, model_config=dataclasses.asdict(model.config), tokenizer=tokenizer, optimizer=optimizer or {},
                  step=step, consumed_samples=consumed_samples, stage=stage, train_config=train_config or {},
-                 monitor=monitor or {})
+                 monitor=monitor or {}, lora=lora or {})
     path = Path(directory) / f"ckpt_{step:08d}.pt"
     try:
         with atomic(path) as f:
@@ -584,9 +594,9 @@ def save_checkpoint(directory, model, step=0, consumed_samples=0, stage="base", 
     return path
 
 
-def load_checkpoint(directory, device="cpu", tp=None):
-    """Newest readable checkpoint in a run directory (or one .pt file) -> (model, or this rank's part of it over tp, and
-    everything else in the file)."""
+def read_checkpoint(directory, fold=True):
+    """Newest readable checkpoint in a run directory (or one .pt file) -> the dict that save_checkpoint wrote, and its own
+    path and crc. fold: where it holds LoRA's adapters, `model` is that of their base, with B A times scale added."""
     files = [Path(directory)] if Path(directory).is_file() else checkpoints(directory)
     if not files:
         raise SystemExit(f"{directory}: no checkpoint (ckpt_*.pt) here: a directory written by train.py expected")
@@ -595,13 +605,28 @@ def load_checkpoint(directory, device="cpu", tp=None):
             with zipfile.ZipFile(path) as z:  # torch does not look at the checksums that it writes
                 if z.testzip():
                     raise ValueError("checksum error")
+                crc = zlib.crc32(repr([i.CRC for i in z.infolist()]).encode())
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # ranks of a machine share the memory
-            config, weights = Config(**state.pop("model_config")), state.pop("model")
+            state.update(path=str(path), crc=crc, model_config=Config(**state["model_config"]), model=state["model"])
             break
         except Exception as e:  # truncated, corrupt, foreign: half a dozen exception types
             print(f"WARNING: {path} is no readable checkpoint ({type(e).__name__}: {str(e)[:80]})", file=sys.stderr)
     else:
         raise SystemExit(f"{directory}: none of the {len(files)} checkpoints is readable")
+    lora = state.get("lora")
+    if lora and fold:
+        base, adapters = read_checkpoint(Path(path).parent / lora["base"]), state["model"]
+        if base["crc"] != lora["crc"]:
+            raise SystemExit(f"{base['path']}: not the file that the adapters in {path} were trained on")
+        state["model"] = {n: w + lora["scale"] * adapters[b] @ adapters[b[:-1] + "A"] if (b := n[:-6] + "lora_B") in adapters
+                          else w for n, w in base["model"].items()}
+    return state
+
+
+def load_checkpoint(directory, device="cpu", tp=None):
+    """Newest readable checkpoint -> (model, or this rank's part of it over tp, and everything else in the file)."""
+    state = read_checkpoint(directory)
+    config, weights = state.pop("model_config"), state.pop("model")
     with torch.device(device):
         model = Transformer(config, tp, init=False)
     model.load_state_dict({n: shard(weights.pop(n), p.tp_dim, tp) for n, p in model.named_parameters()} | weights)

@@ -136,15 +136,15 @@ def make_optimizers(model, cfg):
 
     No weight decay on embeddings and norms (OLMo 2, SmolLM3): decayed embeddings shrink, and early gradients grow.
     """
-    named = list(model.named_parameters())
+    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     hidden = [p for n, p in named if p.dim() == 2 and "embed_tokens" not in n and "lm_head" not in n]
     head = [p for n, p in named if "lm_head" in n]
     rest = [p for n, p in named if p.dim() < 2 or "embed_tokens" in n]
     muon = cfg.optimizer == "muon"
     decayed = head if muon else hidden + head
-    groups = [dict(params=rest, weight_decay=0.0)] + [dict(params=decayed, weight_decay=cfg.weight_decay)] * bool(decayed)
-    adamw = torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)
-    return [Muon(hidden, cfg.lr, cfg.weight_decay, tp=model.tp), adamw] if muon else [adamw]
+    groups = [dict(params=p, weight_decay=w) for p, w in ((rest, 0.0), (decayed, cfg.weight_decay)) if p]
+    optimizers = [Muon(hidden, cfg.lr, cfg.weight_decay, tp=model.tp)] if muon else []
+    return optimizers + [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)] * bool(groups)
 
 
 def optimizer_state(model, optimizers):
@@ -219,17 +219,24 @@ def forward_backward(model, batch, cfg, rt, forwards=None):
     """
     ids, targets, docs = batch
     count = max(1, all_sum(rt, int((targets != -100).sum()))[0] / rt.tp_size)  # TP ranks hold the same batch
-    rows, total = cfg.micro_batch or len(ids), 0.0
-    for i in range(0, len(ids), rows):
-        d, begin = docs[i : i + rows], infra.mark(rt)
-        silent = rt.dp_group is not None and i + rows < len(ids)  # replicas exchange gradients once, in the last backward
-        with model.no_sync() if silent else contextlib.nullcontext():
-            nll, z = model(*to_device(rt, ids[i : i + rows], d if d.any() else None, targets[i : i + rows]))
-            if forwards is not None:
-                forwards.append((begin, infra.mark(rt)))
-            ((nll + cfg.z_loss * z) * rt.dp_size / count).backward()  # DDP takes the mean over replicas: times their number
+    total = 0.0
+    for rows in micro_batches(model, len(ids), cfg.micro_batch, rt):
+        d, begin = docs[rows], infra.mark(rt)
+        nll, z = model(*to_device(rt, ids[rows], d if d.any() else None, targets[rows]))
+        if forwards is not None:
+            forwards.append((begin, infra.mark(rt)))
+        ((nll + cfg.z_loss * z) * rt.dp_size / count).backward()  # DDP takes the mean over replicas: times their number
         total = total + nll.detach()
     return total / count
+
+
+def micro_batches(model, n, size, rt):
+    """Slices of n rows, `size` (0: n) at a time, for a loop of forwards and backwards: replicas exchange their gradients
+    once, in the last backward."""
+    for i in range(0, n, size or n):
+        silent = rt.dp_group is not None and i + (size or n) < n
+        with model.no_sync() if silent else contextlib.nullcontext():
+            yield slice(i, i + (size or n))
 
 
 def clip_grad_norm(model, max_norm, rt):
@@ -325,7 +332,7 @@ def build(cfg, rt, tokenizer, start_from=""):
     return model, extra
 
 
-def data_parallel(model, cfg, rt):
+def data_parallel(model, rt, rows, T):
     """Replicas that average their gradients. Without process_group=, DDP would make every rank equal to rank 0 at the
     start: the shards of tensor parallelism too."""
     if rt.dp_group is None:
@@ -333,8 +340,7 @@ def data_parallel(model, cfg, rt):
     replica = nn.parallel.DistributedDataParallel(model, process_group=rt.dp_group, gradient_as_bucket_view=True)
     # After its first backward DDP puts gradients into other buckets, and of three or more replicas' gradients the sum depends
     # on the place in a bucket. Without this rehearsal a resumed run would not end with the bits of an undisturbed one.
-    rows = cfg.micro_batch or cfg.batch_tokens // cfg.max_position_embeddings // rt.dp_size
-    ids = torch.zeros(rows, cfg.max_position_embeddings, dtype=torch.long, device=rt.device)
+    ids = torch.zeros(rows, T, dtype=torch.long, device=rt.device)
     replica(ids, None, ids)[0].backward()
     model.zero_grad(set_to_none=True)
     return replica
@@ -363,24 +369,29 @@ def check_ranks(model, rt, step):
     return complaints
 
 
+def occupy(cfg, rt):
+    """Take cfg.out for this run -> (the lock, to be kept; whether the run that is there goes on)."""
+    locked = infra.lock(cfg.out) if rt.rank == 0 else None
+    return locked, on_rank_0(rt, claim, Path(cfg.out), cfg, all_sum(rt, rt.restarts)[0] > 0)  # each machine counts its own
+
+
 def begin(cfg, rt):
     """Data, model, optimizers and where the run stands: everything main() needs, new or from the newest checkpoint."""
-    out, rows = Path(cfg.out), cfg.batch_tokens // cfg.max_position_embeddings
-    locked = infra.lock(out) if rt.rank == 0 else None
-    resuming = on_rank_0(rt, claim, out, cfg, all_sum(rt, rt.restarts)[0] > 0)  # each machine counts its own
+    out, T = Path(cfg.out), cfg.max_position_embeddings
+    rows = cfg.batch_tokens // T
+    locked, resuming = occupy(cfg, rt)
     try:
         with in_turn(rt):
             tokenizer = data.get_tokenizer(cfg.tokenizer)
             sources = data.prepare(text=cfg.text, jsonl=cfg.jsonl, hf=cfg.hf, tokenizer=cfg.tokenizer,
                                    val_fraction=cfg.val_fraction, out=out.parent / "data")
-        loader = data.Loader(sources, cfg.mixture, cfg.max_position_embeddings, cfg.steps * rows, cfg.seed, cfg.skip_samples)
+        loader = data.Loader(sources, cfg.mixture, T, cfg.steps * rows, cfg.seed, cfg.skip_samples)
         for s in sources:  # better now than at the first evaluation
-            data.count_rows(f"{s.name}.val", s.val, cfg.max_position_embeddings)
+            data.count_rows(f"{s.name}.val", s.val, T)
         model, extra = build(cfg, rt, tokenizer, out if resuming else cfg.init)
         if not resuming:  # the length of rows is a choice of the run that starts from --init, not of the shape there
-            model.config.max_position_embeddings = cfg.max_position_embeddings
-        step, consumed = (extra["step"], extra["consumed_samples"]) if resuming else (0, 0)
-        before = extra["train_config"].get("skip_samples", "") if resuming else ""
+            model.config.max_position_embeddings, extra = T, {}
+        consumed, before = (extra["consumed_samples"], extra["train_config"].get("skip_samples", "")) if resuming else (0, "")
         if data.skipped(before, consumed) != data.skipped(cfg.skip_samples, consumed):
             raise ValueError(f"--skip_samples={cfg.skip_samples}: {out} stands at row {consumed} and has skipped "
                              f"{before or 'nothing'}: only ranges after that row can change")
@@ -391,26 +402,36 @@ def begin(cfg, rt):
         raise SystemExit(f"--resume: {out} has {', '.join(f'{k}={shape[k]}' for k in other)}: the same expected, "
                          f"or --init={out} and another --out")
     cfg = dataclasses.replace(cfg, **shape)  # config.json records what is trained
-    run = SimpleNamespace(cfg=cfg, rt=rt, out=out, locked=locked, rows=rows, tokenizer=tokenizer, sources=sources,
-                          loader=loader, model=model, replica=data_parallel(model, cfg, rt),
-                          optimizers=make_optimizers(model, cfg), step=step, consumed=consumed, norms=deque(maxlen=100), skipped=0, seconds=0.0,
-                          pace=deque(maxlen=100), warned=set())
-    if resuming:
+    run = start(cfg, rt, model, extra, locked, "base", data_parallel(model, rt, cfg.micro_batch or rows // rt.dp_size, T),
+                rows=rows, tokenizer=tokenizer, sources=sources, loader=loader, pace=deque(maxlen=100), warned=set())
+    run.samples = lambda: samples(run)
+    run.log.say(headline(run) + f" | resuming after step {run.step}" * resuming)
+    return run
+
+
+def start(cfg, rt, model, extra, locked, stage, replica, **more):
+    """A run, ready for its next step: new, or where `extra`, the checkpoint that it goes on from, stands. From here on
+    cfg.out is its own. `more` are fields that its loop wants besides."""
+    out = Path(cfg.out)
+    run = SimpleNamespace(cfg=cfg, rt=rt, out=out, locked=locked, stage=stage, model=model, replica=replica, lora=None,
+                          optimizers=make_optimizers(model, cfg), step=0, consumed=0, norms=deque(maxlen=100), skipped=0,
+                          seconds=0.0, **more)
+    if extra:
         load_optimizer_state(model, run.optimizers, extra["optimizer"])
+        run.step, run.consumed = extra["step"], extra["consumed_samples"]
         run.norms.extend(extra["monitor"]["norms"])
         run.skipped, run.seconds = extra["monitor"]["skipped"], extra["monitor"]["seconds"]
-    complaints = check_ranks(model, rt, step)
+    complaints = check_ranks(model, rt, run.step)
     if complaints and cfg.tp_same_seed != "ignore":
         raise SystemExit(f"{len(complaints)} faults, so there is no training: {'; '.join(complaints[:3])}; ... "
                          f"(a demonstration: --tp_same_seed=ignore)")
     if rt.rank == 0:
-        if cfg.overwrite and not resuming:  # only now: an error above would have cost the old run and started no new one
+        if cfg.overwrite and not extra:  # only now: an error above would have cost the old run and started no new one
             for f in [*nano.checkpoints(out), out / "metrics.jsonl"]:
                 f.unlink(missing_ok=True)
         # without the flags: repeating the run deletes nothing
         infra.write_json(out / "config.json", dataclasses.asdict(cfg) | dict(resume=False, overwrite=False))
     run.log = Log(out, cfg.steps, run.step, cfg.wandb, dataclasses.asdict(cfg), quiet=rt.rank > 0)
-    run.log.say(headline(run) + f" | resuming after step {step}" * resuming)
     if complaints:
         run.log.say(f"WARNING: training with {len(complaints)} faults: {'; '.join(complaints[:2])}; ...")
     return run
@@ -429,8 +450,8 @@ def save(run):
     """Checkpoint the run where it stands. A full disk costs this checkpoint, not the run: True if it was written."""
     try:
         if run.rt.dp_rank == 0:
-            nano.save_checkpoint(run.out, run.model, run.step, run.consumed, "base", run.cfg.tokenizer,
-                                 optimizer_state(run.model, run.optimizers), dataclasses.asdict(run.cfg),
+            nano.save_checkpoint(run.out, run.model, run.step, run.consumed, run.stage, run.tokenizer.name,
+                                 optimizer_state(run.model, run.optimizers), dataclasses.asdict(run.cfg), lora=run.lora,
                                  monitor=dict(norms=list(run.norms), skipped=run.skipped, seconds=run.seconds))
     except OSError as e:
         saved = [int(f.stem[5:]) for f in nano.checkpoints(run.out)]
@@ -476,7 +497,7 @@ def update(run, loss, norm, lr):
     spike = is_spike(loss, norm, run.norms)
     if spike:
         run.skipped += 1
-        run.log.say(f"SKIPPED step {run.step + 1}: loss {loss:.3f}, gradient norm {norm:.3f}, {samples(run)}")
+        run.log.say(f"SKIPPED step {run.step + 1}: loss {loss:.3f}, gradient norm {norm:.3f}, {run.samples()}")
     else:
         run.norms.append(norm)
     for optimizer in run.optimizers:
@@ -576,7 +597,7 @@ def bench(cfg, rt, steps=12):
     cfg = dataclasses.replace(cfg, vocab_size=cfg.vocab_size or 320)
     T, rows = cfg.max_position_embeddings, cfg.batch_tokens // cfg.max_position_embeddings
     model, _ = build(cfg, rt, data.get_tokenizer("bytes"))
-    replica, optimizers = data_parallel(model, cfg, rt), make_optimizers(model, cfg)
+    replica, optimizers = data_parallel(model, rt, cfg.micro_batch or rows // rt.dp_size, T), make_optimizers(model, cfg)
     generator = torch.Generator().manual_seed(cfg.seed + rt.dp_rank)
     ids = torch.randint(0, min(256, cfg.vocab_size), (rows // rt.dp_size, T + 1), generator=generator)
     batch, seconds = (ids[:, :-1].contiguous(), ids[:, 1:].contiguous(), torch.zeros_like(ids[:, 1:])), []
