@@ -15,7 +15,7 @@ What it teaches:
 - Rows are cut anywhere from the concatenated documents. Document ids keep attention inside a document, and the label
   after an end-of-text is masked: nothing there predicts how an unrelated document begins.
 """
-import ast, glob, hashlib, itertools, json, math, os, random, re, sys, sysconfig, warnings, zlib
+import ast, bisect, glob, hashlib, itertools, json, math, os, random, re, sys, sysconfig, time, warnings, zlib
 from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -208,13 +208,13 @@ def held_out(a, b):
     return zlib.crc32(f"{min(a, b)}+{max(a, b)}".encode()) % 10 == 0
 
 
-def column_sum(a, b):
-    """Written addition from the right: 347, 658 -> ["7+8=15", "4+5+1=10", "3+6+1=10"]."""
+def column_sum(a, b, forget=False):
+    """Written addition from the right: 347, 658 -> ["7+8=15", "4+5+1=10", "3+6+1=10"]. forget: without carrying."""
     steps, carry = [], 0
     for x, y in itertools.zip_longest(reversed(str(a)), reversed(str(b)), fillvalue="0"):
         total = int(x) + int(y) + carry
         steps.append(f"{x}+{y}{'+1' if carry else ''}={total}")
-        carry = total // 10
+        carry = 0 if forget else total // 10
     return steps
 
 
@@ -254,16 +254,29 @@ def find_files(flag, spec):
         yield re.sub(r"[^\w.-]+", "_", name).strip("._") or flag, files
 
 
-def read_jsonl(path):
+def read_rows(path, read, expected):
+    """JSON lines -> read(object) of each, with what is wrong as file:line. A blank line is the object {}."""
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             try:
-                row = json.loads(line) if line.strip() else {"text": ""}
-                if not isinstance(row, dict) or not isinstance(row.get("text"), str):
-                    raise ValueError('no key "text" with a string')
+                row = json.loads(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line) if line.strip() else {}
+                if not isinstance(row, dict):
+                    raise ValueError("no keys, for it is no JSON object")
+                result = read(row)
             except (ValueError, RecursionError) as error:
-                raise ValueError(f'{path}:{number}: {one_line(error)}: expected {{"text": "..."}}') from None
-            yield row["text"]
+                told = str(error) if ": expected" in str(error) else f"{one_line(error)}: expected {expected}"
+                raise ValueError(f"{path}:{number}: {told}") from None
+            yield result
+
+
+def text_of(row):
+    if row and not isinstance(row.get("text"), str):
+        raise ValueError('no key "text" with a string')
+    return row.get("text", "")
+
+
+def read_jsonl(path):
+    return read_rows(path, text_of, '{"text": "..."}')
 
 
 def read_hf(name, limit):
@@ -559,6 +572,359 @@ def prefetch(loader, consumed, n, steps, dp_rank=0, dp_size=1, depth=2):
             batch = ahead.popleft().result()
             ahead.extend(map(make, itertools.islice(starts, 1)))
             yield batch
+
+
+# --- chats: messages -> ids and what is trained, built together ------------------------------------------------------
+
+PERSONA = "You are a helpful AI assistant named SmolLM, trained by Hugging Face."
+# What SmolLM3's template (alignment-handbook, recipes/smollm3/sft/sft.yaml) adds to it in /think, to the letter.
+THINK_PERSONA = (
+    " Your role as an assistant involves thoroughly exploring questions through a systematic thinking process before "
+    "providing the final precise and accurate solutions. This requires engaging in a comprehensive cycle of analysis, "
+    "summarizing, exploration, reassessment, reflection, backtracking, and iteration to develop well-considered thinking "
+    "process. Please structure your response into two main sections: Thought and Solution using the specified format: "
+    "<think> Thought section </think> Solution section. In the Thought section, detail your reasoning process in steps. "
+    "Each step should include detailed considerations such as analysing questions, summarizing relevant findings, "
+    "brainstorming new ideas, verifying the accuracy of the current steps, refining any errors, and revisiting previous "
+    "steps. In the Solution section, based on various attempts, explorations, and reflections from the Thought section, "
+    "systematically present the final solution that you deem correct. The Solution section should be logical, accurate, "
+    "and concise and detail necessary steps needed to reach the conclusion.")
+XML_TOOLS = ("You may call one or more functions to assist with the user query.\n\nYou are provided with function signatures "
+             "within <tools></tools> XML tags:\n\n<tools>\n{}</tools>\n\nFor each function call, return a json object with "
+             "function name and arguments within <tool_call></tool_call> XML tags.")
+THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.S)     # at the beginning of an assistant's content
+
+
+def check_messages(messages):
+    """Raises ValueError with the number of the message that is none."""
+    if not isinstance(messages, list) or not messages:
+        raise ValueError(f"messages {messages!r:.40}: expected a list of at least one")
+    for i, m in enumerate(messages):
+        role, content = (m.get("role"), m.get("content")) if isinstance(m, dict) else (None, None)
+        before = messages[i - 1]["role"] if i else None
+        for bad, what, expected in (
+                (role not in ("system", "user", "assistant", "tool"), f"role {role!r}", "system, user, assistant or tool"),
+                (role and m.get("tool_calls"), "tool_calls", "the call as text in content, for templates do not render it"),
+                # SmolLM3's data once had None here, which its template took for "no system message": every persona was
+                # replaced by the default one, and no benchmark showed it (playbook, "Vibe-test your baselines").
+                (not isinstance(content, str), f"content {content!r:.40}", "text; without a system message, no such entry"),
+                (role == "system" and i, "a system message", "it as the first message only"),
+                (role == before and role != "tool", f"a second {role} message in a row", "turns to alternate")):
+            if bad:
+                raise ValueError(f"message {i}: {what}: expected {expected}")
+
+
+def effective_mode(messages, mode):
+    """A flag in the system message wins."""
+    system = messages[0]["content"] if messages[0]["role"] == "system" else ""
+    return "no_think" if "/no_think" in system else "think" if "/think" in system else mode
+
+
+def system_text(system, mode, style, tools, date):
+    """What stands in the system turn; None: there is none. `system`: the system message's text, None if it is missing."""
+    if style == "chatml" or style == "compact" and tools:
+        if tools:
+            raise ValueError(f"tools in style {style}: expected style smollm3")
+        return system
+    text = (system or "").replace("/no_think", "").replace("/think", "").rstrip()
+    if "/system_override" in text:
+        return text.replace("/system_override", "").rstrip()
+    if style == "compact":
+        return f"/{mode}\n{text}".rstrip()
+    # An empty system message asks for no persona. (Theirs gives it the default one. A flag alone does get that.)
+    text = "" if system == "" else (text or PERSONA + THINK_PERSONA * (mode == "think")) + "\n\n"
+    tools = tools if isinstance(tools, dict) else dict(xml=tools)
+    xml = "".join(json.dumps(tool, ensure_ascii=False) + "\n" for tool in tools.get("xml") or ())
+    return (f"## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: {date or time.strftime('%d %B %Y')}\n"
+            f"Reasoning Mode: /{mode}\n\n## Custom Instructions\n\n{text}## Tools\n\n### XML Tools\n\n"
+            f"{XML_TOOLS.format(xml) if xml else None}\n\n### Python Tools\n\n{tools.get('python') or None}\n\n")
+
+
+def render(messages, mode="think", style="compact", tools=None, date=None, add_generation_prompt=False, tokenizer=None,
+           loss_on="assistant"):
+    """Chat -> (ids, mask), two lists: mask 1 where a token is trained. Text never becomes a special token.
+
+    messages: [{"role": system | user | assistant | tool, "content": text}]. style: compact, a short system turn with the mode;
+    smollm3, SmolLM3's training template to the byte; chatml, turns and nothing else (mid-training). mode: think | no_think,
+    unless the system message says /think or /no_think. tools: a list of JSON objects, or dict(xml=[...], python="...").
+    Trained are the assistant's content, with the reasoning that it begins with, and the <|im_end|> that ends it; not headers,
+    and not the empty reasoning that /no_think puts before an answer, for a prompt will hold it. (Their mask has both.)
+    loss_on="all" trains everything. add_generation_prompt: end with the header of the answer that the model is to give.
+    """
+    if style not in ("compact", "smollm3", "chatml") or mode not in ("think", "no_think"):
+        raise ValueError(f"style {style}, mode {mode}: expected compact, smollm3 or chatml, and think or no_think")
+    check_messages(messages)
+    special = (tokenizer or get_tokenizer("bytes")).special
+    start, end, think, thought = (special[s] for s in ("<|im_start|>", "<|im_end|>", "<think>", "</think>"))
+    encode, ids, mask = (tokenizer or get_tokenizer("bytes")).encode, [], []
+
+    def put(trained, *parts):
+        for part in parts:
+            new = [part] if isinstance(part, int) else encode(part)
+            ids.extend(new)
+            mask.extend([int(trained or loss_on == "all")] * len(new))
+
+    mode = effective_mode(messages, mode)
+    system = messages[0]["content"] if messages[0]["role"] == "system" else None
+    header = [start, "assistant\n"]
+    if mode == "no_think" and style != "chatml":
+        header += [think, "\n\n", thought, "\n"]
+    text = system_text(system, mode, style, tools, date)
+    if text is not None:
+        put(False, start, "system\n" + text, end, "\n")
+    for i, m in enumerate(messages):
+        role, content = m["role"], m["content"]
+        if role == "assistant":
+            content = content.lstrip("\n")
+            found = THOUGHT.match(content)
+            if found and mode == "no_think" and style != "chatml":
+                raise ValueError(f"message {i}: reasoning in mode no_think: expected none (normalize takes it out)")
+            put(False, *header)
+            put(True, *([think, found[1], thought, content[found.end():]] if found else [content]), end)
+            put(False, "\n")
+        elif role != "system":
+            put(False, start, ("user" if role == "tool" and style != "chatml" else role) + "\n" + content, end, "\n")
+    if add_generation_prompt:
+        put(False, *header)
+    return ids, mask
+
+
+# --- rows of data sets: formats, told by their keys, to one internal form --------------------------------------------
+
+SPEAKERS = dict(human="user", user="user", gpt="assistant", bot="assistant", chatgpt="assistant", assistant="assistant",
+                system="system", tool="tool", observation="tool")
+FORMATS = ("messages, conversations (from, value), prompt + completion, instruction + output, prompt + chosen + rejected, "
+           "question + answer, question + choices + answer, or text")
+
+
+class Dropped(ValueError):
+    """This row teaches nothing: it is left out and counted."""
+
+
+def as_messages(value, role):
+    """Text -> one message of that role; a list of messages stays one."""
+    return [dict(role=role, content=value)] if isinstance(value, str) else value
+
+
+def pair_of(row):
+    """prompt, chosen, rejected as lists of messages. Without a prompt it is what both answers begin with."""
+    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    if chosen == rejected:
+        raise Dropped("chosen and rejected are the same")
+    if isinstance(prompt, list) and isinstance(chosen, list) and chosen[:len(prompt)] == prompt == rejected[:len(prompt)]:
+        chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
+    elif prompt is None or isinstance(prompt, str) and isinstance(chosen, list):
+        if type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
+            raise ValueError("chosen and rejected: expected two texts or two lists of messages")
+        n = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
+        if isinstance(chosen, str):                                     # never in the middle of a word
+            n = max(chosen.rfind(space, 0, n) + 1 for space in " \n\t")
+        prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
+        if not prompt:
+            raise ValueError("chosen and rejected begin differently: expected a prompt")
+    if not chosen or not rejected:
+        raise Dropped("an empty answer in a pair")
+    return dict(prompt=as_messages(prompt, "user"), chosen=as_messages(chosen, "assistant"),
+                rejected=as_messages(rejected, "assistant"))
+
+
+def choices_of(row, question):
+    """A multiple-choice question; choices may be ARC's dict of texts and labels, answer an index, a label or the text."""
+    choices, answer = row["choices"], row.get("answer", row.get("answerKey"))
+    labels = choices.get("label", []) if isinstance(choices, dict) else []
+    choices = choices.get("text") if isinstance(choices, dict) else choices
+    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
+        raise ValueError("choices: expected a list of two or more texts")
+    for names in (list(range(len(choices))), labels, choices, "ABCDEFGHIJ"[:len(choices)]):
+        if answer in names and not isinstance(answer, bool):
+            return dict(prompt=as_messages(question, "user"), choices=choices, answer=list(names).index(answer))
+    raise ValueError(f"answer {answer!r:.40}: expected the index, label or text of one of the {len(choices)} choices")
+
+
+def clean_answer(text):
+    """The form in which answers are compared: "$1,005." is "1005"."""
+    return re.sub(r"(?<=\d),(?=\d{3})", "", text.strip()).strip("$ .").strip()
+
+
+def answered(question, answer):
+    """A problem. GSM8K's answers (arXiv 2110.14168) hold the working too, which becomes reasoning, without its <<...>>."""
+    if not isinstance(answer, str | int | float) or isinstance(answer, bool):
+        raise ValueError(f"answer {answer!r:.40}: expected text or a number")
+    working, mark, final = str(answer).rpartition("####")
+    result = dict(prompt=as_messages(question, "user"), answer=clean_answer(final))
+    if not result["answer"]:
+        raise ValueError("answer: expected something after ####" if mark else "answer: expected some text")
+    if mark:
+        working = re.sub("<<.*?>>", "", working).strip()
+        content = f"<think>\n{working}\n</think>\n{result['answer']}"
+        result["messages"] = result["prompt"] + [dict(role="assistant", content=content)]
+    return result
+
+
+def normalize(example):
+    """A row of a data set, told by its keys (FORMATS) -> one of
+        {"messages", "mode"}  {"prompt", "chosen", "rejected", "mode"}  {"prompt", "choices", "answer": index}
+        {"prompt", "answer": text}, GSM8K's rows with "messages" and "mode" besides  {"text"}
+    with "tools" if the row has them; all but text, choices and answer are lists of messages, roles user, assistant, ....
+
+    mode: the row's own "mode" or chat_template_kwargs (smoltalk2), else a flag in the system message, else think if an answer
+    begins with <think>, else no_think; there, such reasoning is taken out. Raises Dropped, or ValueError saying what is wrong.
+    """
+    row, options = dict(example), example.get("chat_template_kwargs") or {}
+    question = next((row[k] for k in ("question", "prompt", "problem") if row.get(k) is not None), None)
+    answer = next((row[k] for k in ("answer", "solution", "target") if row.get(k) is not None), None)
+    if "messages" in row:
+        result = dict(messages=row["messages"])
+    elif "conversations" in row:
+        turns = row["conversations"] if isinstance(row["conversations"], list) else [None]
+        if not all(isinstance(t, dict) and t.get("from") in SPEAKERS for t in turns):
+            raise ValueError(f"conversations: expected a list of from ({', '.join(SPEAKERS)}) and value")
+        result = dict(messages=[dict(role=SPEAKERS[t["from"]], content=t.get("value")) for t in turns])
+    elif "chosen" in row and "rejected" in row:
+        result = pair_of(row)
+    elif "prompt" in row and "completion" in row:
+        result = dict(messages=as_messages(row["prompt"], "user") + as_messages(row["completion"], "assistant"))
+    elif "choices" in row and question is not None:
+        result = choices_of(row, question)
+    elif question is not None and answer is not None:
+        result = answered(question, answer)
+    elif "instruction" in row and "output" in row:
+        more = (row.get("input") or "").strip()
+        result = dict(messages=as_messages(row["instruction"] + f"\n\n{more}" * bool(more), "user")
+                      + as_messages(row["output"], "assistant"))
+    elif isinstance(row.get("text"), str):
+        return dict(text=row["text"])
+    else:
+        raise ValueError(f"keys {', '.join(sorted(row)) or 'none'}: expected {FORMATS}")
+    if result.get("messages") == []:
+        raise Dropped("no messages")
+    if "custom_instructions" in options:
+        if not isinstance(options["custom_instructions"], str):
+            raise ValueError(f"custom_instructions {options['custom_instructions']!r}: expected text, or no such key")
+        for key in ("messages", "prompt"):
+            if options["custom_instructions"] and result.get(key) and result[key][0].get("role") != "system":
+                result[key] = [dict(role="system", content=options["custom_instructions"]), *result[key]]
+    if options.get("xml_tools") or options.get("python_tools"):
+        raise ValueError("xml_tools, python_tools: expected a list of JSON objects under tools")
+    for messages in [result[k] for k in ("messages", "prompt") if k in result]:
+        check_messages(messages)
+    for k in ("chosen", "rejected"):
+        check_messages(result.get(k, [dict(role="user", content="")]))
+    if "choices" in result or "messages" not in result and "chosen" not in result:
+        return result
+    first, answers = result.get("messages") or result["prompt"], [k for k in ("messages", "chosen", "rejected") if k in result]
+    given = [m for k in answers for m in result[k] if m["role"] == "assistant"]
+    mode = row.get("mode", {True: "think", False: "no_think"}.get(options.get("enable_thinking")))
+    mode = effective_mode(first, mode or ("think" if any(THOUGHT.match(m["content"]) for m in given) else "no_think"))
+    if mode not in ("think", "no_think"):
+        raise ValueError(f"mode {mode!r}: expected think or no_think")
+    if mode == "no_think":
+        for k in answers:
+            result[k] = [dict(m, content=THOUGHT.sub("", m["content"], 1).lstrip() if m in given else m["content"])
+                         for m in result[k]]
+    return result | dict(mode=mode) | (dict(tools=row["tools"]) if row.get("tools") else {})
+
+
+def read_examples(path, dropped):
+    """JSONL in any of the FORMATS -> (file:line, normalized row) each; what is dropped is counted by its reason."""
+    numbers = itertools.count(1)
+
+    def read(row):
+        number = next(numbers)
+        try:
+            return (f"{path}:{number}", normalize(row)) if row else None
+        except Dropped as reason:
+            dropped[str(reason)] = dropped.get(str(reason), 0) + 1
+    return filter(None, read_rows(path, read, FORMATS))
+
+
+# --- packing chats ---------------------------------------------------------------------------------------------------
+
+def pack_best_fit(lengths, size):
+    """Best-fit decreasing: the longest first, each into the fullest bin that still takes it -> lists of indices. Nothing is
+    split. O(n log n), over the whole data set (TRL packs a thousand rows at a time)."""
+    bins, spaces, holders = [], [], {}      # spaces: free spaces that some bin has, sorted; holders: space -> those bins
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if not 0 <= lengths[i] <= size:
+            raise ValueError(f"length {lengths[i]} of item {i}: expected 0 to {size}")
+        at = bisect.bisect_left(spaces, lengths[i])
+        if at == len(spaces):
+            space, b = size, len(bins)
+            bins.append([])
+        else:
+            space = spaces[at]
+            b = holders[space].pop()
+            if not holders[space]:
+                del spaces[at]
+        bins[b].append(i)
+        if not holders.setdefault(space - lengths[i], []):
+            bisect.insort(spaces, space - lengths[i])
+        holders[space - lengths[i]].append(b)
+    return bins
+
+
+def chat_batch(rows, T):
+    """rows, each a list of (ids, mask) -> ids, targets, doc_ids, int64 tensors (B, T). A chat of n tokens takes n - 1 places:
+    its last token is a target only, and its first is none. Padding is a document of its own."""
+    ids, targets, docs = np.zeros((len(rows), T), np.int64), np.full((len(rows), T), -100), np.zeros((len(rows), T), np.int64)
+    for b, row in enumerate(rows):
+        at = 0
+        for d, (x, mask) in enumerate(row):
+            here = slice(at, at + len(x) - 1)
+            ids[b, here], targets[b, here], docs[b, here] = x[:-1], np.where(mask[1:], x[1:], -100), d
+            at += len(x) - 1
+        docs[b, at:] = len(row)
+    return tuple(map(torch.from_numpy, (ids, targets, docs)))
+
+
+# --- the embedded problem set: sums, answered with reasoning or without ----------------------------------------------
+
+def sums(n, test=False, start=0):
+    """n distinct problems (a, b) of 1 to 3 digits a number, all of them held out or none; always the same ones."""
+    rng, found = random.Random(f"sums {test}"), {}
+    while len(found) < start + n:
+        a, b = (rng.randrange(10 ** rng.choice((1, 2, 3, 3))) for _ in range(2))
+        if held_out(a, b) == test:
+            found[a, b] = None
+    return list(found)[start:]
+
+
+def sum_answer(a, b, mode, rng):
+    """A demonstration. In /no_think most are bare, some show their working, a few are wordy and check it: what reinforcement
+    learning can lengthen must have been seen."""
+    working, style = "\n".join(column_sum(a, b)), rng.random()
+    if mode == "think":
+        return f"<think>\n{working}\n</think>\n{a + b}"
+    check = "\n".join(column_sum(b, a))
+    return (f"{a + b}" if style < 0.7 else f"{working}\n{a + b}" if style < 0.9 else
+            f"Let me add {a} and {b}.\n{working}\nLet me check.\n{check}\n{a + b}")
+
+
+def sum_chats(n):
+    """n training problems, each in both modes -> normalized rows."""
+    rng = random.Random("chats")
+    return [dict(messages=[dict(role="user", content=f"{a}+{b}="), dict(role="assistant", content=sum_answer(a, b, mode, rng))],
+                 mode=mode) for a, b in sums(n) for mode in ("think", "no_think")]
+
+
+def sum_problems(n, test=True, start=0):
+    """n problems -> normalized rows {"prompt", "answer"}; by default held out: no corpus, chat or pair has them."""
+    return [dict(prompt=[dict(role="user", content=f"{a}+{b}=")], answer=str(a + b)) for a, b in sums(n, test, start)]
+
+
+def sum_pairs(n):
+    """n pairs, in both modes in turn: the right answer, briefly, against that of somebody who forgets to carry."""
+    pairs = []
+    for a, b in sums(4 * n):
+        mode, answers = ("think", "no_think")[len(pairs) % 2], []
+        for forget in (False, True):
+            steps = column_sum(a, b, forget)
+            total = int("".join(s[-1] for s in reversed(steps))) if forget else a + b
+            reasoning = "<think>\n{}\n</think>\n".format("\n".join(steps)) * (mode == "think")
+            answers.append(as_messages(f"{reasoning}{total}", "assistant"))
+        if answers[0] != answers[1] and len(pairs) < n:
+            pairs.append(dict(prompt=as_messages(f"{a}+{b}=", "user"), chosen=answers[0], rejected=answers[1], mode=mode))
+    return pairs
 
 
 # --- python data.py --------------------------------------------------------------------------------------------------
