@@ -6,6 +6,7 @@ $ python data.py --text=notes/,wiki=dumps/*.txt   # your own text: every file a 
 $ python data.py --jsonl=corpus.jsonl             # rows such as {"text": "..."}
 $ python data.py --hf=HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer=gpt2     # the two flags that download
 $ python data.py --mixture="0.7:text=0.8,code=0.2;1.0:text=0.5,code=0.5" --verify
+$ python data.py --show=chats.jsonl --style=smollm3   # chats or pairs as a model sees them, what is trained marked
 
 What it teaches:
 - Shuffle rows over the whole corpus, anew in every epoch. SmolLM3's first loader read one long file for batches on end,
@@ -14,6 +15,8 @@ What it teaches:
   alone: the state of the loader is one integer, and 10^9 steps start as quickly as ten.
 - Rows are cut anywhere from the concatenated documents. Document ids keep attention inside a document, and the label
   after an end-of-text is masked: nothing there predicts how an unrelated document begins.
+- A chat's ids and the mask of what is trained are built together, part by part. Found by searching the ids for headers, the
+  mask is wrong as soon as a user writes one. Chats are packed whole, none of them is cut in two.
 """
 import ast, bisect, glob, hashlib, itertools, json, math, os, random, re, sys, sysconfig, time, warnings, zlib
 from collections import deque
@@ -50,6 +53,8 @@ class Config:
     plan_tokens: int = 2_867_200  # length of the run whose epochs the table counts
     seed: int = 0                 # order of the rows; corpora and split do not depend on it
     verify: bool = False          # compare every token file with its checksum
+    show: str = ""                # print samples of this JSONL of chats, pairs or problems ("sums": the embedded ones), no more
+    style: str = "compact"        # the chat template to show: compact, smollm3 or chatml
 
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------
@@ -244,7 +249,7 @@ def find_files(flag, spec):
     for item in filter(None, map(str.strip, spec.split(","))):
         name, where = ("", item) if "=" not in item or Path(item).exists() else item.split("=", 1)
         path = Path(where).expanduser()
-        pattern = "**/*.jsonl" if flag == "jsonl" else "**/*"               # neither matches hidden files
+        pattern = "**/*" if flag == "text" else "**/*.jsonl"               # neither matches hidden files
         found = [path / p for p in glob.glob(pattern, root_dir=path, recursive=True)] if path.is_dir() else \
             [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
         files = sorted(p for p in found if p.is_file())
@@ -960,8 +965,35 @@ def show_row(loader, tokenizer):
     print(bar.join(tokenizer.decode(ids[doc_ids == d]) for d in range(doc_ids.max() + 1)))
 
 
+def show_chats(cfg, tokenizer, limit=5):
+    """Print the first chats (of pairs, both), the trained part green on a terminal and in ‹ › elsewhere; returns the counts."""
+    before, after, grey, plain = ("\x1b[32m", "\x1b[0m", "\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("‹", "›", "", "")
+    dropped, counts = {}, dict(chats=0, tokens=0, trained=0)
+    rows = [("sums", row) for row in sum_chats(2)] if cfg.show == "sums" else read_examples(cfg.show, dropped)
+    for where, row in rows:
+        for name in [k for k in ("messages", "chosen", "rejected") if k in row]:
+            messages = row[name] if name == "messages" else row["prompt"] + row[name]
+            ids, mask = render(messages, row["mode"], cfg.style, row.get("tools"), tokenizer=tokenizer)
+            counts = {k: counts[k] + n for k, n in zip(counts, (1, len(ids), sum(mask)))}
+            if counts["chats"] <= limit:
+                print(f"--- {where}, {name}, mode {row['mode']}: {len(ids)} tokens, {sum(mask)} trained")
+                for trained, part in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1]):
+                    left, right = (before, after) if trained else (grey, plain)
+                    print(left + tokenizer.decode([i for i, _ in part]), end=right)
+        if not {"messages", "chosen"} & set(row) and (counts["chats"] < limit):
+            print(f"--- {where}: {json.dumps(row)}")
+    print(f"\n{counts['chats']} chats, {counts['tokens']} tokens, {counts['trained']} of them trained"
+          + "".join(f"; {n} rows dropped: {reason}" for reason, n in dropped.items()))
+    return counts
+
+
 def main(cfg):
     """Prepare and show. Returns {source: documents, tokens, val_tokens, overlap, epochs, ...}."""
+    if cfg.show:
+        try:
+            return show_chats(cfg, get_tokenizer(cfg.tokenizer))
+        except (ValueError, OSError) as error:
+            raise SystemExit(f"data.py: {error}") from None
     try:
         tokenizer, plan_rows = get_tokenizer(cfg.tokenizer), cfg.plan_tokens // cfg.seq_len
         sources = prepare(cfg.text, cfg.jsonl, cfg.hf, cfg.hf_docs, cfg.tokenizer, cfg.val_fraction, cfg.out)

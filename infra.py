@@ -278,6 +278,14 @@ def on_rank_0(rt, function, *args):
     return box[0]
 
 
+def gather(rt, value):
+    """What each rank has, on all of them: a list by rank."""
+    everyone = [value] * rt.world_size
+    if rt.world_size > 1:
+        dist.all_gather_object(everyone, value)
+    return everyone
+
+
 @contextlib.contextmanager
 def in_turn(rt):
     """`with in_turn(rt):` rank 0 goes first, then the first process of every other machine, then the rest: what one writes,
@@ -448,10 +456,10 @@ def _is_row(text, last):
         return False
 
 
-def _finite(value):
+def finite(value):
     """JSON has no NaN and no infinity: null instead, at any depth."""
     if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
+        return {k: finite(v) for k, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
@@ -490,7 +498,7 @@ class Log:
 
     def row(self, line=None, **values):
         """One JSON row (non-finite numbers become null); with `line`, also one printed line."""
-        clean = _finite(values)
+        clean = finite(values)
         try:
             self.file.write(json.dumps(clean) + "\n")
             self.file.flush()

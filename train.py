@@ -319,17 +319,33 @@ def build(cfg, rt, tokenizer, start_from=""):
         if 0 < cfg.vocab_size < tokenizer.vocab_size:
             raise SystemExit(f"--vocab_size={cfg.vocab_size}: at least the tokenizer's {tokenizer.vocab_size} expected")
         shape = dataclasses.replace(nano.shape_of(cfg), vocab_size=cfg.vocab_size or tokenizer.vocab_size)
-        model, extra = nano.Transformer(shape, rt.tp_group).to(rt.device), {}
-        for p in model.parameters():
-            if rt.tp_group is not None and p.tp_dim is None:  # drawn by every rank with its own seed, but one for all
-                dist.broadcast(p.data, group_src=0, group=rt.tp_group)
+        model, extra = new_model(shape, rt), {}
+    return ready(model, cfg, rt), extra
+
+
+def new_model(shape, rt):
+    """Random weights, on the device."""
+    model = nano.Transformer(shape, rt.tp_group).to(rt.device)
+    share(model, rt)
+    return model
+
+
+def share(model, rt):
+    """Make one of what every TP rank has drawn with its own seed though it is the same for all."""
+    for p in model.parameters():
+        if rt.tp_group is not None and p.tp_dim is None:
+            dist.broadcast(p.data, group_src=0, group=rt.tp_group)
+
+
+def ready(model, cfg, rt):
+    """The model, set to the dtype of the matmuls and compiled if that is wanted."""
     model.compute_dtype = rt.dtype
     if cfg.compile:
         options = nano.CPU_COMPILE if rt.device.type == "cpu" else None
         for layer in model.layers:  # one block compiled is all blocks compiled, and parameter names stay as they are
             layer.compile(options=options)
         model.loss_sums = torch.compile(model.loss_sums, options=options)
-    return model, extra
+    return model
 
 
 def data_parallel(model, rt, rows, T):
@@ -409,18 +425,19 @@ def begin(cfg, rt):
     return run
 
 
-def start(cfg, rt, model, extra, locked, stage, replica, **more):
+def start(cfg, rt, model, extra, locked, stage, replica, lora=None, **more):
     """A run, ready for its next step: new, or where `extra`, the checkpoint that it goes on from, stands. From here on
     cfg.out is its own. `more` are fields that its loop wants besides."""
     out = Path(cfg.out)
-    run = SimpleNamespace(cfg=cfg, rt=rt, out=out, locked=locked, stage=stage, model=model, replica=replica, lora=None,
-                          optimizers=make_optimizers(model, cfg), step=0, consumed=0, norms=deque(maxlen=100), skipped=0,
+    run = SimpleNamespace(cfg=cfg, rt=rt, out=out, locked=locked, stage=stage, model=model, replica=replica, lora=lora,
+                          monitor={}, optimizers=make_optimizers(model, cfg), step=0, consumed=0, norms=deque(maxlen=100), skipped=0,
                           seconds=0.0, **more)
     if extra:
         load_optimizer_state(model, run.optimizers, extra["optimizer"])
         run.step, run.consumed = extra["step"], extra["consumed_samples"]
-        run.norms.extend(extra["monitor"]["norms"])
-        run.skipped, run.seconds = extra["monitor"]["skipped"], extra["monitor"]["seconds"]
+        run.monitor = extra["monitor"]
+        run.norms.extend(run.monitor["norms"])
+        run.skipped, run.seconds = run.monitor["skipped"], run.monitor["seconds"]
     complaints = check_ranks(model, rt, run.step)
     if complaints and cfg.tp_same_seed != "ignore":
         raise SystemExit(f"{len(complaints)} faults, so there is no training: {'; '.join(complaints[:3])}; ... "
@@ -452,7 +469,7 @@ def save(run):
         if run.rt.dp_rank == 0:
             nano.save_checkpoint(run.out, run.model, run.step, run.consumed, run.stage, run.tokenizer.name,
                                  optimizer_state(run.model, run.optimizers), dataclasses.asdict(run.cfg), lora=run.lora,
-                                 monitor=dict(norms=list(run.norms), skipped=run.skipped, seconds=run.seconds))
+                                 monitor=run.monitor | dict(norms=list(run.norms), skipped=run.skipped, seconds=run.seconds))
     except OSError as e:
         saved = [int(f.stem[5:]) for f in nano.checkpoints(run.out)]
         run.log.say(f"WARNING: step {run.step} was not saved: {e}; the last checkpoint is of step {max(saved, default='none')}")
