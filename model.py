@@ -151,7 +151,8 @@ def unshard(slices, tp_dims, tp):
 def matrix(rows, columns, tp, tp_dim):
     """A parameter for this rank's slice of (rows, columns), its values still to come."""
     shape = [rows, columns]
-    shape[tp_dim] //= tp.size() if tp else 1
+    if tp_dim is not None:
+        shape[tp_dim] //= tp.size() if tp else 1
     parameter = nn.Parameter(torch.empty(shape))
     parameter.tp_dim = tp_dim
     return parameter

@@ -35,8 +35,8 @@ class Config(Machine):
     date: str = ""                 # "Today Date" of style smollm3; default: today
     loss_on: str = "assistant"     # assistant, or all (mid-training: the prompts too)
     max_length: int = 256          # tokens in a row; longer examples are cut
-    packing: bool = True           # several examples in a row; false: one
-    val_fraction: float = 0.02     # held out, by the example's first message
+    packing: str = "bfd"           # best-fit decreasing; or one example in a row, padded to the "longest" of the step or max_length
+    val_fraction: float = 0.02     # held out, by the first message that is no system message
     pairs: str = "self"            # apo without --data of pairs: self (sampled, split by the verifier), or sums (demonstrated)
     # optimization
     epochs: float = 1.0            # passes over the data
@@ -79,7 +79,7 @@ PRESETS = {"mid": _RECIPE | dict(style="chatml", loss_on="all", lr=2e-5, epochs=
                                  beta=0.05)}
 DEFAULTS = {"sft": dict(init="out/base", batch=16, lr=2e-3), "apo": dict(init="out/sft", batch=32, lr=1e-4),
             "eval": dict(init="out/apo"), "merge": {}}
-SUMS, PROBLEMS, SELF = 12_000, 200, 1_000  # training problems of sft, held-out ones, fresh ones for --pairs=self
+SUMS, PROBLEMS, SELF = 12_000, 200, 3_000  # training problems of sft, held-out ones, fresh ones for --pairs=self
 
 
 # --- LoRA (arXiv 2106.09685) -----------------------------------------------------------------------------------------
@@ -94,7 +94,8 @@ class LoRALinear(nn.Module):
     def __init__(self, linear, rank, scale, dropout, tp):
         super().__init__()
         (outputs, inputs), n, dim = linear.weight.shape, tp.size() if tp else 1, linear.weight.tp_dim
-        self.weight, self.scale, self.dropout, self.tp = linear.weight.requires_grad_(False), scale, dropout, tp
+        self.weight, self.scale, self.dropout = linear.weight.requires_grad_(False), scale, dropout
+        self.tp_A, self.tp_B = (None, tp) if dim == 1 else (tp, None)
         self.lora_A = nano.matrix(rank, inputs * (n if dim == 1 else 1), tp, 1 if dim == 1 else None)
         self.lora_B = nano.matrix(outputs * (n if dim == 0 else 1), rank, tp, 0 if dim == 0 else None)
         bound = (inputs * (n if dim == 1 else 1)) ** -0.5
@@ -102,7 +103,7 @@ class LoRALinear(nn.Module):
         self.to(linear.weight.device)
 
     def forward(self, x):
-        a, b = (nano.tp_copy(p, self.tp if p.tp_dim is None else None).to(x.dtype) for p in (self.lora_A, self.lora_B))
+        a, b = nano.tp_copy(self.lora_A, self.tp_A).to(x.dtype), nano.tp_copy(self.lora_B, self.tp_B).to(x.dtype)
         added = F.linear(F.linear(F.dropout(x, self.dropout, self.training), a), b)
         return F.linear(x, self.weight.to(x.dtype)) + self.scale * added
 
@@ -252,8 +253,9 @@ def encode_all(rows, encode, cfg, tokenizer, dropped):
             continue
         except ValueError as e:
             raise ValueError(f"{where}: {e}") from None
-        first = row["text"][:200] if "text" in row else (row.get("messages") or row["prompt"])[-2 if "messages" in row else -1:][0]
-        parts[zlib.crc32(repr(first).encode()) < cfg.val_fraction * 2**32].append(example)
+        asked = [m["content"] for m in row.get("messages") or row.get("prompt") or () if m["role"] != "system"]
+        held_out = zlib.crc32((asked or [row["text"]])[0].encode()) < cfg.val_fraction * 2**32  # all answers to it, or none
+        parts[held_out].append(example)
     return *parts, cuts
 
 
@@ -288,7 +290,7 @@ def is_problem(row):
 def pack(examples, cfg):
     """[[(ids, mask)], ...] -> rows for data.chat_batch."""
     flat = [x for example in examples for x in example]
-    if not cfg.packing:
+    if cfg.packing != "bfd":
         return [[x] for x in flat]
     return [[flat[i] for i in row] for row in data.pack_best_fit([len(ids) - 1 for ids, _ in flat], cfg.max_length)]
 
@@ -518,6 +520,8 @@ def check(cfg, rt):
             (cfg.loss_on not in ("assistant", "all"), f"--loss_on={cfg.loss_on}: assistant or all expected"),
             (cfg.loss_type not in ("apo_zero", "apo_down", "sigmoid", "ipo"),
              f"--loss_type={cfg.loss_type}: apo_zero, apo_down, sigmoid or ipo expected"),
+            (cfg.packing not in ("bfd", "longest", "max_length"),
+             f"--packing={cfg.packing}: bfd, longest or max_length expected"),
             (cfg.pairs not in ("self", "sums"), f"--pairs={cfg.pairs}: self or sums expected (a file of pairs: --data)"),
             (cfg.optimizer not in ("muon", "adamw"), f"--optimizer={cfg.optimizer}: muon or adamw expected"),
             (min(cfg.log_every, cfg.eval_every, cfg.save_every, cfg.max_length, cfg.samples, cfg.max_new_tokens) < 1,
@@ -592,7 +596,7 @@ def begin(cfg, rt):
         if not resuming:
             run.monitor["reference"] = logp_sums(model, [x for pair in examples + held for x in pair], rt).view(-1, 2)
         run.reference, run.held_reference = run.monitor["reference"].split([len(examples), len(held)])
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    trained = sum(p.numel() * (rt.tp_size if p.tp_dim is not None else 1) for p in model.parameters() if p.requires_grad)
     run.log.say(f"{nano.num_params(model.config):,} parameters, {trained:,} of them trained here, {cfg.steps:,} steps of {cfg.batch} "
                 f"{'pairs' if cfg.stage == 'apo' else f'rows of {cfg.max_length}'} | {rt.name}, {str(rt.dtype)[6:]} | template {style}"
                 + f" | {rt.dp_size} data-parallel x {rt.tp_size} tensor-parallel" * (rt.world_size > 1)
@@ -605,10 +609,12 @@ def next_batch(run):
     n, size, rt = len(run.examples), run.cfg.batch // run.rt.dp_size, run.rt
     start = run.consumed + rt.dp_rank * size
     picked = [data.permute(k % n, n, (run.cfg.seed, k // n)) for k in range(start, start + size)]
-    if run.cfg.stage != "apo":
-        return data.chat_batch([run.examples[i] for i in picked], run.cfg.max_length)
-    rows = [[answer] for i in picked for answer in run.examples[i]]
-    return data.chat_batch(rows, max(len(row[0][0]) for row in rows)), run.reference[picked]
+    apo, T = run.cfg.stage == "apo", run.cfg.max_length
+    rows = [[answer] for i in picked for answer in run.examples[i]] if apo else [run.examples[i] for i in picked]
+    if apo or run.cfg.packing == "longest":
+        T = max(len(row[0][0]) for row in rows) - 1
+    batch = data.chat_batch(rows, T)
+    return (batch, run.reference[picked]) if apo else batch
 
 
 def main(cfg):
@@ -622,6 +628,7 @@ def main(cfg):
     if "before" not in run.monitor:
         run.monitor["before"] = validate(run)
         log.row(step=run.step, tokens=0, seconds=0.0, **run.monitor["before"])
+        log.clock = time.perf_counter()
     logged, since, trained, places = time.perf_counter(), run.step, 0, 0
     start, bad, stopping, loss = logged - run.seconds, 0, False, math.nan
     with Stop() as stop:

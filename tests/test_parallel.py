@@ -608,6 +608,19 @@ def test_the_check_is_silent_when_all_is_right_and_names_each_fault(config):
     assert set(shard) == {"layers.1.self_attn.q_proj.weight holds the same shard on TP ranks 0 and 1"}
 
 
+def collapsed(cfg):
+    """Complaints about a model whose unused tokens have one embedding, as training makes it: in both ranks' first rows."""
+    rt = infra.setup(cfg)
+    model, _ = train.build(cfg, rt, data.get_tokenizer("bytes"))
+    with torch.no_grad():
+        model.embed_tokens.weight[:24] = 1.0
+    return train.check_ranks(model, rt, 0)
+
+
+def test_embeddings_of_unused_tokens_are_not_taken_for_equal_shards(config):
+    assert run(2, collapsed, config(init="", tp=2)) == [[], []]
+
+
 # --- bad settings ----------------------------------------------------------------------------------------------------
 
 BAD_SHAPES = {"num_attention_heads=3": dict(num_attention_heads=3, num_key_value_heads=3, head_dim=8),

@@ -656,6 +656,8 @@ def test_resume_refuses_another_shape(config):
     stopped_run(cfg, 2)
     with pytest.raises(SystemExit, match="--resume: .*hidden_size=32"):
         train.main(dataclasses.replace(cfg, hidden_size=64, resume=True))
+    with pytest.raises(SystemExit, match="--resume: .*max_position_embeddings=32"):     # other rows, another order of data
+        train.main(dataclasses.replace(cfg, max_position_embeddings=16, resume=True))
 
 
 # --- --init ----------------------------------------------------------------------------------------------------------
