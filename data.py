@@ -260,12 +260,13 @@ def find_files(flag, spec):
 
 
 def read_rows(path, read, expected):
-    """JSON lines -> read(object) of each, with what is wrong as file:line. A blank line is the object {}."""
+    """JSON lines -> read(object) of each, with what is wrong as file:line. A blank line is None."""
     with open(path, "rb") as f:
         for number, line in enumerate(f, 1):
             try:
-                row = json.loads(line.removeprefix(b"\xef\xbb\xbf") if number == 1 else line) if line.strip() else {}
-                if not isinstance(row, dict):
+                line = line.removeprefix(b"\xef\xbb\xbf").strip()     # a byte-order mark
+                row = json.loads(line) if line else None
+                if line and not isinstance(row, dict):
                     raise ValueError("no keys, for it is no JSON object")
                 result = read(row)
             except (ValueError, RecursionError) as error:
@@ -275,9 +276,11 @@ def read_rows(path, read, expected):
 
 
 def text_of(row):
-    if row and not isinstance(row.get("text"), str):
+    if row is None:
+        return ""
+    if not isinstance(row.get("text"), str):
         raise ValueError('no key "text" with a string')
-    return row.get("text", "")
+    return row["text"]
 
 
 def read_jsonl(path):
@@ -597,7 +600,7 @@ THINK_PERSONA = (
 XML_TOOLS = ("You may call one or more functions to assist with the user query.\n\nYou are provided with function signatures "
              "within <tools></tools> XML tags:\n\n<tools>\n{}</tools>\n\nFor each function call, return a json object with "
              "function name and arguments within <tool_call></tool_call> XML tags.")
-THOUGHT = re.compile(r"\s*<think>(.*?)</think>", re.S)     # at the beginning of an assistant's content
+THOUGHT = re.compile(r"<think>(.*?)</think>", re.S)     # what an assistant's content may begin with
 
 
 def check_messages(messages):
@@ -617,6 +620,11 @@ def check_messages(messages):
                 (role == before and role != "tool", f"a second {role} message in a row", "turns to alternate")):
             if bad:
                 raise ValueError(f"message {i}: {what}: expected {expected}")
+
+
+def check_tools(tools):
+    if tools and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
+        raise ValueError(f"tools {tools!r:.40}: expected a list of JSON objects")
 
 
 def effective_mode(messages, mode):
@@ -639,6 +647,7 @@ def system_text(system, mode, style, tools, date):
     # An empty system message asks for no persona. (Theirs gives it the default one. A flag alone does get that.)
     text = "" if system == "" else (text or PERSONA + THINK_PERSONA * (mode == "think")) + "\n\n"
     tools = tools if isinstance(tools, dict) else dict(xml=tools)
+    check_tools(tools.get("xml") if set(tools) <= {"xml", "python"} else tools)
     xml = "".join(json.dumps(tool, ensure_ascii=False) + "\n" for tool in tools.get("xml") or ())
     return (f"## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: {date or time.strftime('%d %B %Y')}\n"
             f"Reasoning Mode: /{mode}\n\n## Custom Instructions\n\n{text}## Tools\n\n### XML Tools\n\n"
@@ -656,8 +665,10 @@ def render(messages, mode="think", style="compact", tools=None, date=None, add_g
     and not the empty reasoning that /no_think puts before an answer, for a prompt will hold it. (Their mask has both.)
     loss_on="all" trains everything. add_generation_prompt: end with the header of the answer that the model is to give.
     """
-    if style not in ("compact", "smollm3", "chatml") or mode not in ("think", "no_think"):
-        raise ValueError(f"style {style}, mode {mode}: expected compact, smollm3 or chatml, and think or no_think")
+    for what, given, known in (("style", style, ("compact", "smollm3", "chatml")), ("mode", mode, ("think", "no_think")),
+                               ("loss_on", loss_on, ("assistant", "all"))):
+        if given not in known:
+            raise ValueError(f"{what} {given!r}: expected {' or '.join(known)}")
     check_messages(messages)
     special = (tokenizer or get_tokenizer("bytes")).special
     start, end, think, thought = (special[s] for s in ("<|im_start|>", "<|im_end|>", "<think>", "</think>"))
@@ -708,25 +719,27 @@ class Dropped(ValueError):
 
 def as_messages(value, role):
     """Text -> one message of that role; a list of messages stays one."""
+    if not isinstance(value, str | list):
+        raise ValueError(f"{value!r:.40} for the {role}: expected text or a list of messages")
     return [dict(role=role, content=value)] if isinstance(value, str) else value
 
 
 def pair_of(row):
     """prompt, chosen, rejected as lists of messages. Without a prompt it is what both answers begin with."""
     chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+    if type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
+        raise ValueError("chosen and rejected: expected two texts or two lists of messages")
     if chosen == rejected:
         raise Dropped("chosen and rejected are the same")
-    if isinstance(prompt, list) and isinstance(chosen, list) and chosen[:len(prompt)] == prompt == rejected[:len(prompt)]:
-        chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
-    elif prompt is None or isinstance(prompt, str) and isinstance(chosen, list):
-        if type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
-            raise ValueError("chosen and rejected: expected two texts or two lists of messages")
+    if prompt is None or isinstance(prompt, str) and isinstance(chosen, list):
         n = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
         if isinstance(chosen, str):                                     # never in the middle of a word
             n = max(chosen.rfind(space, 0, n) + 1 for space in " \n\t")
         prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
         if not prompt:
             raise ValueError("chosen and rejected begin differently: expected a prompt")
+    elif isinstance(prompt, list) and chosen[:len(prompt)] == prompt == rejected[:len(prompt)]:
+        chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
     if not chosen or not rejected:
         raise Dropped("an empty answer in a pair")
     return dict(prompt=as_messages(prompt, "user"), chosen=as_messages(chosen, "assistant"),
@@ -736,19 +749,21 @@ def pair_of(row):
 def choices_of(row, question):
     """A multiple-choice question; choices may be ARC's dict of texts and labels, answer an index, a label or the text."""
     choices, answer = row["choices"], row.get("answer", row.get("answerKey"))
-    labels = choices.get("label", []) if isinstance(choices, dict) else []
+    labels = choices.get("label") if isinstance(choices, dict) else None
     choices = choices.get("text") if isinstance(choices, dict) else choices
     if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
         raise ValueError("choices: expected a list of two or more texts")
-    for names in (list(range(len(choices))), labels, choices, "ABCDEFGHIJ"[:len(choices)]):
-        if answer in names and not isinstance(answer, bool):
+    if labels is not None and (not isinstance(labels, list) or len(labels) != len(choices)):
+        raise ValueError(f"label {labels!r:.40}: expected one for each of the {len(choices)} choices")
+    for names in ([] if isinstance(answer, bool) else (range(len(choices)), labels or (), choices, "ABCDEFGHIJ")):
+        if answer in list(names)[:len(choices)]:
             return dict(prompt=as_messages(question, "user"), choices=choices, answer=list(names).index(answer))
     raise ValueError(f"answer {answer!r:.40}: expected the index, label or text of one of the {len(choices)} choices")
 
 
 def clean_answer(text):
     """The form in which answers are compared: "$1,005." is "1005"."""
-    return re.sub(r"(?<=\d),(?=\d{3})", "", text.strip()).strip("$ .").strip()
+    return re.sub(r"(?<=\d),(?=\d{3})", "", text.strip()).strip("$ ").rstrip(". ")
 
 
 def answered(question, answer):
@@ -766,68 +781,87 @@ def answered(question, answer):
     return result
 
 
+def sorted_out(row):
+    """A row by its keys, in order of precedence -> the parts of the internal form, not checked yet."""
+    question = next((row[k] for k in ("question", "prompt", "problem") if row.get(k) is not None), None)
+    answer = next((row[k] for k in ("answer", "solution", "target") if row.get(k) is not None), None)
+    if "messages" in row:
+        return dict(messages=row["messages"])
+    if "conversations" in row:
+        turns = row["conversations"] if isinstance(row["conversations"], list) else [None]
+        if not all(isinstance(t, dict) and t.get("from") in list(SPEAKERS) for t in turns):
+            raise ValueError(f"conversations: expected a list of from ({', '.join(SPEAKERS)}) and value")
+        return dict(messages=[dict(role=SPEAKERS[t["from"]], content=t.get("value")) for t in turns])
+    if "chosen" in row and "rejected" in row:
+        return pair_of(row)
+    if "prompt" in row and "completion" in row:
+        return dict(messages=as_messages(row["prompt"], "user") + as_messages(row["completion"], "assistant"))
+    if "choices" in row and question is not None:
+        return choices_of(row, question)
+    if question is not None and answer is not None:
+        return answered(question, answer)
+    if "instruction" in row and "output" in row:
+        parts = [row["instruction"], row.get("input") or ""]
+        if not all(isinstance(p, str) for p in parts):
+            raise ValueError("instruction, input: expected text")
+        user = parts[0] + (f"\n\n{parts[1].strip()}" if parts[1].strip() else "")
+        return dict(messages=as_messages(user, "user") + as_messages(row["output"], "assistant"))
+    if isinstance(row.get("text"), str):
+        return dict(text=row["text"])
+    raise ValueError(f"keys {', '.join(sorted(row)) or 'none'}: expected {FORMATS}")
+
+
+def reasoned(message, mode):
+    """An assistant's message with its reasoning at the very beginning or, in no_think, without it."""
+    content = message["content"].lstrip()
+    if message["role"] != "assistant" or not THOUGHT.match(content):
+        return message
+    while mode == "no_think" and (found := THOUGHT.match(content)):     # more than once if a template added an empty one
+        content = content[found.end():].lstrip()
+    return message | dict(content=content)
+
+
 def normalize(example):
     """A row of a data set, told by its keys (FORMATS) -> one of
         {"messages", "mode"}  {"prompt", "chosen", "rejected", "mode"}  {"prompt", "choices", "answer": index}
         {"prompt", "answer": text}, GSM8K's rows with "messages" and "mode" besides  {"text"}
-    with "tools" if the row has them; all but text, choices and answer are lists of messages, roles user, assistant, ....
+    with "tools" if the row has them; all but text, choices, answer and tools are lists of messages, {"role", "content"}.
 
-    mode: the row's own "mode" or chat_template_kwargs (smoltalk2), else a flag in the system message, else think if an answer
+    mode: a flag in the system message, else the row's own "mode" or chat_template_kwargs (smoltalk2), else think if an answer
     begins with <think>, else no_think; there, such reasoning is taken out. Raises Dropped, or ValueError saying what is wrong.
     """
-    row, options = dict(example), example.get("chat_template_kwargs") or {}
-    question = next((row[k] for k in ("question", "prompt", "problem") if row.get(k) is not None), None)
-    answer = next((row[k] for k in ("answer", "solution", "target") if row.get(k) is not None), None)
-    if "messages" in row:
-        result = dict(messages=row["messages"])
-    elif "conversations" in row:
-        turns = row["conversations"] if isinstance(row["conversations"], list) else [None]
-        if not all(isinstance(t, dict) and t.get("from") in SPEAKERS for t in turns):
-            raise ValueError(f"conversations: expected a list of from ({', '.join(SPEAKERS)}) and value")
-        result = dict(messages=[dict(role=SPEAKERS[t["from"]], content=t.get("value")) for t in turns])
-    elif "chosen" in row and "rejected" in row:
-        result = pair_of(row)
-    elif "prompt" in row and "completion" in row:
-        result = dict(messages=as_messages(row["prompt"], "user") + as_messages(row["completion"], "assistant"))
-    elif "choices" in row and question is not None:
-        result = choices_of(row, question)
-    elif question is not None and answer is not None:
-        result = answered(question, answer)
-    elif "instruction" in row and "output" in row:
-        more = (row.get("input") or "").strip()
-        result = dict(messages=as_messages(row["instruction"] + f"\n\n{more}" * bool(more), "user")
-                      + as_messages(row["output"], "assistant"))
-    elif isinstance(row.get("text"), str):
-        return dict(text=row["text"])
-    else:
-        raise ValueError(f"keys {', '.join(sorted(row)) or 'none'}: expected {FORMATS}")
+    result, options, tools = sorted_out(example), example.get("chat_template_kwargs") or {}, example.get("tools")
+    if "text" in result:
+        return result
     if result.get("messages") == []:
         raise Dropped("no messages")
-    if "custom_instructions" in options:
-        if not isinstance(options["custom_instructions"], str):
-            raise ValueError(f"custom_instructions {options['custom_instructions']!r}: expected text, or no such key")
-        for key in ("messages", "prompt"):
-            if options["custom_instructions"] and result.get(key) and result[key][0].get("role") != "system":
-                result[key] = [dict(role="system", content=options["custom_instructions"]), *result[key]]
+    if not isinstance(options, dict) or not isinstance(options.get("enable_thinking"), bool | None):
+        raise ValueError("chat_template_kwargs: expected an object, enable_thinking in it true or false")
     if options.get("xml_tools") or options.get("python_tools"):
         raise ValueError("xml_tools, python_tools: expected a list of JSON objects under tools")
-    for messages in [result[k] for k in ("messages", "prompt") if k in result]:
-        check_messages(messages)
-    for k in ("chosen", "rejected"):
-        check_messages(result.get(k, [dict(role="user", content="")]))
-    if "choices" in result or "messages" not in result and "chosen" not in result:
+    check_tools(tools)
+    instructions = options.get("custom_instructions", "")
+    if not isinstance(instructions, str):
+        raise ValueError(f"custom_instructions {instructions!r}: expected text, or no such key")
+    chats = [k for k in ("messages", "prompt", "chosen", "rejected") if k in result]
+    for k in chats:
+        check_messages(result[k])
+        if k in ("messages", "prompt") and instructions and result[k][0]["role"] != "system":
+            result[k] = [dict(role="system", content=instructions), *result[k]]
+        if k in ("chosen", "rejected"):
+            check_messages(result["prompt"] + result[k])
+    if chats == ["prompt"]:
         return result
-    first, answers = result.get("messages") or result["prompt"], [k for k in ("messages", "chosen", "rejected") if k in result]
-    given = [m for k in answers for m in result[k] if m["role"] == "assistant"]
-    mode = row.get("mode", {True: "think", False: "no_think"}.get(options.get("enable_thinking")))
-    mode = effective_mode(first, mode or ("think" if any(THOUGHT.match(m["content"]) for m in given) else "no_think"))
+    given = [m["content"].lstrip() for k in chats for m in result[k] if m["role"] == "assistant"]
+    mode = example.get("mode") or {True: "think", False: "no_think"}.get(options.get("enable_thinking"))
+    mode = mode or ("think" if any(map(THOUGHT.match, given)) else "no_think")
+    mode = effective_mode(result.get("messages") or result["prompt"], mode)
     if mode not in ("think", "no_think"):
         raise ValueError(f"mode {mode!r}: expected think or no_think")
-    if mode == "no_think":
-        for k in answers:
-            result[k] = [dict(m, content=THOUGHT.sub("", m["content"], 1).lstrip() if m in given else m["content"])
-                         for m in result[k]]
-    return result | dict(mode=mode) | (dict(tools=row["tools"]) if row.get("tools") else {})
+    result |= {k: [reasoned(m, mode) for m in result[k]] for k in chats} | dict(mode=mode)
+    if "chosen" in result and result["chosen"] == result["rejected"]:
+        raise Dropped("chosen and rejected differ in reasoning alone, and the mode is no_think")
+    return result | (dict(tools=tools) if tools else {})
 
 
 def read_examples(path, dropped):
@@ -837,7 +871,7 @@ def read_examples(path, dropped):
     def read(row):
         number = next(numbers)
         try:
-            return (f"{path}:{number}", normalize(row)) if row else None
+            return row if row is None else (f"{path}:{number}", normalize(row))
         except Dropped as reason:
             dropped[str(reason)] = dropped.get(str(reason), 0) + 1
     return filter(None, read_rows(path, read, FORMATS))
@@ -885,11 +919,12 @@ def chat_batch(rows, T):
 # --- the embedded problem set: sums, answered with reasoning or without ----------------------------------------------
 
 def sums(n, test=False, start=0):
-    """n distinct problems (a, b) of 1 to 3 digits a number, all of them held out or none; always the same ones."""
+    """n distinct problems (a, b) of 1 to 3 digits a number, all of them held out or none; always the same ones. Two single
+    digits are no test: whoever learns column addition has seen them."""
     rng, found = random.Random(f"sums {test}"), {}
     while len(found) < start + n:
         a, b = (rng.randrange(10 ** rng.choice((1, 2, 3, 3))) for _ in range(2))
-        if held_out(a, b) == test:
+        if held_out(a, b) == test and (max(a, b) > 9 or not test):
             found[a, b] = None
     return list(found)[start:]
 
@@ -965,25 +1000,34 @@ def show_row(loader, tokenizer):
     print(bar.join(tokenizer.decode(ids[doc_ids == d]) for d in range(doc_ids.max() + 1)))
 
 
-def show_chats(cfg, tokenizer, limit=5):
-    """Print the first chats (of pairs, both), the trained part green on a terminal and in ‹ › elsewhere; returns the counts."""
+def show_chat(ids, mask, tokenizer):
+    """Print a rendered chat, the trained part green on a terminal and in ‹ › elsewhere."""
     before, after, grey, plain = ("\x1b[32m", "\x1b[0m", "\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("‹", "›", "", "")
-    dropped, counts = {}, dict(chats=0, tokens=0, trained=0)
-    rows = [("sums", row) for row in sum_chats(2)] if cfg.show == "sums" else read_examples(cfg.show, dropped)
-    for where, row in rows:
-        for name in [k for k in ("messages", "chosen", "rejected") if k in row]:
-            messages = row[name] if name == "messages" else row["prompt"] + row[name]
-            ids, mask = render(messages, row["mode"], cfg.style, row.get("tools"), tokenizer=tokenizer)
-            counts = {k: counts[k] + n for k, n in zip(counts, (1, len(ids), sum(mask)))}
-            if counts["chats"] <= limit:
+    for trained, part in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1]):
+        print((before if trained else grey) + tokenizer.decode([i for i, _ in part]), end=after if trained else plain)
+
+
+def show_chats(cfg, tokenizer, limit=5):
+    """--show: print the first rows, of pairs both answers; render them all, count, and return the counts."""
+    dropped, counts = {}, dict(rows=0, chats=0, tokens=0, trained=0)
+    for where, row in [("sums", row) for row in sum_chats(2)] if cfg.show == "sums" else read_examples(cfg.show, dropped):
+        counts["rows"] += 1
+        names = [k for k in ("messages", "chosen", "rejected") if k in row]
+        for name in names:
+            try:
+                ids, mask = render(row[name] if name == "messages" else row["prompt"] + row[name], row["mode"], cfg.style,
+                                   row.get("tools"), tokenizer=tokenizer)
+            except ValueError as error:
+                raise ValueError(f"{where}: {error}") from None
+            for k, n in zip(("chats", "tokens", "trained"), (1, len(ids), sum(mask))):
+                counts[k] += n
+            if counts["rows"] <= limit:
                 print(f"--- {where}, {name}, mode {row['mode']}: {len(ids)} tokens, {sum(mask)} trained")
-                for trained, part in itertools.groupby(zip(ids, mask), key=lambda pair: pair[1]):
-                    left, right = (before, after) if trained else (grey, plain)
-                    print(left + tokenizer.decode([i for i, _ in part]), end=right)
-        if not {"messages", "chosen"} & set(row) and (counts["chats"] < limit):
+                show_chat(ids, mask, tokenizer)
+        if not names and counts["rows"] <= limit:
             print(f"--- {where}: {json.dumps(row)}")
-    print(f"\n{counts['chats']} chats, {counts['tokens']} tokens, {counts['trained']} of them trained"
-          + "".join(f"; {n} rows dropped: {reason}" for reason, n in dropped.items()))
+    print(f"\n{counts['rows']} rows: {counts['chats']} chats, {counts['tokens']} tokens, {counts['trained']} of them trained"
+          + "".join(f"; {n} more rows dropped: {reason}" for reason, n in dropped.items()))
     return counts
 
 
