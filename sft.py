@@ -384,15 +384,19 @@ def evaluate_tasks(model, tokenizer, tasks, cfg, rt, samples=1):
         prompt = tokenizer.encode("Question: " + t["prompt"][-1]["content"] + "\nAnswer:")
         rows += [(ids, [0] * len(prompt) + [1] * (len(ids) - len(prompt)))
                  for c in t["choices"] for ids in [prompt + tokenizer.encode(" " + c)]]
-    for text in texts:
+    window, windows = model.config.max_position_embeddings, []
+    for text in texts:  # a window's first token is the last one of the window before it
         ids = [tokenizer.eos] + tokenizer.encode(text)
-        rows.append((ids, [1] * len(ids)))
+        parts = [ids[i:i + window + 1] for i in range(0, len(ids) - 1, window)]
+        windows.append(len(parts))
+        rows += [(part, [1] * len(part)) for part in parts]
     sums = logp_sums(model, rows, rt).tolist() if rows else []
     for t in choice:
         scores = [sums.pop(0) / len(c) for c in t["choices"]]
         items.setdefault("multiple choice", []).append(float(scores.index(max(scores)) == t["answer"]))
-    for text, logp in zip(texts, sums):
-        items.setdefault("bits per byte", []).append(-logp / math.log(2) / len(text.encode()))
+    for text, n in zip(texts, windows):
+        logp, sums = sum(sums[:n]), sums[n:]
+        items.setdefault("bits per byte", []).append(-logp / math.log(2) / max(1, len(text.encode())))
     return items, given
 
 
@@ -403,7 +407,7 @@ def load_tasks(cfg):
         if not any("answer" in t or "text" in t for t in tasks):
             raise ValueError(f"--tasks={cfg.tasks}: problems (prompt + answer), question + choices + answer, or text expected")
         return tasks
-    return [] if cfg.data else data.sum_problems(PROBLEMS)
+    return [] if cfg.data and cfg.stage != "eval" else data.sum_problems(PROBLEMS)
 
 
 def show_scores(columns):
@@ -421,7 +425,10 @@ def show_scores(columns):
 
 def evaluation(cfg, rt):
     """--stage=eval: one model or two on the same tasks; their answers go to out/NAME.jsonl, the scores to out/scores.json."""
-    tasks, columns, out = load_tasks(cfg), {}, Path(cfg.out)
+    try:
+        tasks, columns, out = load_tasks(cfg), {}, Path(cfg.out)
+    except ValueError as e:
+        raise SystemExit(str(e)) from None
     for directory in filter(None, (cfg.against, cfg.init)):
         model, extra = nano.load_checkpoint(directory, rt.device, rt.tp_group)
         model.compute_dtype, tokenizer = rt.dtype, data.get_tokenizer(extra["tokenizer"])
