@@ -10,18 +10,17 @@
 
 Read main() first. What is random is a function of (seed, number of the row): a run that is resumed ends with the same bits.
 """
-import dataclasses, json, math, os, statistics, time, zlib
-from collections import deque
+import dataclasses, json, math, os, statistics, sys, time, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
-import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
 
 import data, infra, model as nano, train
-from infra import Machine, Stop, all_sum, gather, on_rank_0
+from infra import Machine, Stop, all_sum, gather
 
 
 @dataclass
@@ -131,7 +130,8 @@ def add_lora(model, cfg, rt):
         raise SystemExit(f"--lora_targets={cfg.lora_targets}: no {', '.join(sorted(unknown))}: some of "
                          f"{','.join(sorted(set(known)))} expected")
     model.requires_grad_(False)
-    swap(model, targets, lambda m: LoRALinear(m, cfg.lora_rank, cfg.lora_alpha / cfg.lora_rank, cfg.lora_dropout, model.tp))
+    dropout = cfg.lora_dropout if cfg.stage == "sft" else 0.0  # pairs are compared with a reference that has none
+    swap(model, targets, lambda m: LoRALinear(m, cfg.lora_rank, cfg.lora_alpha / cfg.lora_rank, dropout, model.tp))
     train.share(model, rt)
 
 
@@ -319,9 +319,13 @@ def pairs_of(cfg, rt, model, tokenizer, resuming):
     if cfg.data and any("chosen" in row for row in read_all("data", cfg.data)):
         return None
     if cfg.pairs == "sums":
+        if cfg.data:
+            raise ValueError(f"--pairs=sums: no --data={cfg.data} expected, there are no pairs in it")
         return "sums", [(f"pair {i}", row) for i, row in enumerate(data.sum_pairs(3000))], {}
     if not resuming:
         pairs = self_pairs(model, tokenizer, cfg, rt)
+        if not pairs:
+            raise ValueError("--pairs=self: expected problems to which the model gives both right and wrong answers")
         if rt.rank == 0:
             with infra.atomic(path) as f:
                 f.write("".join(json.dumps(p) + "\n" for p in pairs).encode())
@@ -333,8 +337,10 @@ def pairs_of(cfg, rt, model, tokenizer, resuming):
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 def is_right(text, answer):
-    """Is the last line of what follows the last </think>, or what follows #### there, the answer? Nothing is evaluated."""
-    lines = text.rpartition("</think>")[2].strip().splitlines()
+    """Is the last line of what follows the last </think>, or what follows #### there, the answer? Nothing is evaluated, and a
+    thought that does not end is no answer."""
+    said = text.rpartition("</think>")[2]
+    lines = [] if "<think>" in said else said.strip().splitlines()
     return bool(lines) and data.clean_answer(lines[-1].rpartition("####")[2]) == data.clean_answer(answer)
 
 
@@ -500,7 +506,7 @@ def merging(cfg, rt):
         merged = first | dict(model=model)
     model = nano.Transformer(merged["model_config"], init=False)
     model.load_state_dict(merged["model"])
-    path = nano.save_checkpoint(out, model, merged["step"], 0, "merge", merged["tokenizer"],
+    path = nano.save_checkpoint(out, model, merged["step"], 0, "merge", merged["tokenizer"], keep=sys.maxsize,
                                 train_config=merged["train_config"] | dict(models=cfg.models))
     for other in set(nano.checkpoints(out)) - {path}:
         other.unlink()
@@ -515,14 +521,13 @@ def check(cfg, rt):
     """Fill in what depends on the stage; errors that would otherwise surface deep inside."""
     if cfg.stage not in DEFAULTS:
         raise SystemExit(f"--stage={cfg.stage}: sft, apo, eval or merge expected")
-    defaults = DEFAULTS[cfg.stage] | dict(out=f"out/{cfg.stage}", date=time.strftime("%d %B %Y"))
+    defaults = DEFAULTS[cfg.stage] | dict(out=f"out/{cfg.stage}")
     cfg = dataclasses.replace(cfg, **{k: v for k, v in defaults.items() if k != "init" and not getattr(cfg, k)})
-    if cfg.stage in ("eval", "merge"):
-        if rt.world_size > 1 and cfg.stage == "merge":
-            raise SystemExit("--stage=merge: one process expected, without torchrun")
-        return dataclasses.replace(cfg, init=cfg.init or DEFAULTS[cfg.stage].get("init", ""))
-    rows = cfg.batch // rt.dp_size
+    rows, learns = cfg.batch // rt.dp_size, cfg.stage in ("sft", "apo")
+    if cfg.stage == "eval":
+        cfg = dataclasses.replace(cfg, init=cfg.init or DEFAULTS["eval"]["init"])
     for bad, message in (
+            (cfg.stage == "merge" and rt.world_size > 1, "--stage=merge: one process expected, without torchrun"),
             (cfg.style not in ("", "compact", "smollm3", "chatml"), f"--style={cfg.style}: compact, smollm3 or chatml expected"),
             (cfg.loss_on not in ("assistant", "all"), f"--loss_on={cfg.loss_on}: assistant or all expected"),
             (cfg.loss_type not in ("apo_zero", "apo_down", "sigmoid", "ipo"),
@@ -534,7 +539,8 @@ def check(cfg, rt):
             (min(cfg.log_every, cfg.eval_every, cfg.save_every, cfg.max_length, cfg.samples, cfg.max_new_tokens) < 1,
              "--*_every, --max_length, --samples, --max_new_tokens: at least 1 expected"),
             (cfg.steps < 0 or not cfg.steps and cfg.epochs <= 0, "--steps or --epochs: more than 0 expected"),
-            (min(cfg.lr, cfg.grad_clip, cfg.beta) <= 0, "--lr, --grad_clip, --beta: more than 0 expected"),
+            (learns and min(cfg.batch, cfg.lr, cfg.grad_clip, cfg.beta) <= 0,
+             f"--batch={cfg.batch}, --lr={cfg.lr}, --grad_clip={cfg.grad_clip}, --beta={cfg.beta}: more than 0 expected"),
             (not 0 <= cfg.warmup <= 1 or not 0 <= cfg.val_fraction < 1, "--warmup, --val_fraction: 0 to 1 expected"),
             (cfg.lora_rank < 0 or not 0 <= cfg.lora_dropout < 1, "--lora_rank: 0 or more, --lora_dropout: 0 to 1 expected"),
             (cfg.merge and not cfg.lora_rank, "--merge: --lora_rank expected (two models: --stage=merge)"),
@@ -568,6 +574,12 @@ def open_model(cfg, rt, resuming):
             raise SystemExit("--lora_rank: a checkpoint to adapt expected (--init=DIR; python train.py writes out/base)")
         add_lora(model, cfg, rt)
         base = os.path.relpath(extra["path"], cfg.out)
+        if os.sep not in base:
+            raise SystemExit(f"--lora_rank: {cfg.out} holds the base of the adapters: another --out expected")
+        if resuming and here["lora"]["crc"] != extra["crc"]:
+            raise SystemExit(f"--resume: {extra['path']}: not the file that the adapters in {cfg.out} were trained on")
+        if resuming and any(here["train_config"][k] != getattr(cfg, k) for k in ("lora_rank", "lora_alpha", "lora_targets")):
+            raise SystemExit(f"--resume: {cfg.out} has other --lora_rank, --lora_alpha, --lora_targets: the same expected")
         lora = dict(scale=cfg.lora_alpha / cfg.lora_rank, base=base, crc=extra["crc"])
         if resuming:
             model.load_state_dict({n: nano.shard(here["model"][n], p.tp_dim, rt.tp_group)
@@ -581,8 +593,9 @@ def begin(cfg, rt):
     """Model, data, optimizers and where the run stands: everything main() needs, new or from the newest checkpoint."""
     locked, resuming = train.occupy(cfg, rt)
     model, extra, lora = open_model(cfg, rt, resuming)
-    style = cfg.style or extra["train_config"].get("style") or "compact"
-    cfg = dataclasses.replace(cfg, style=style)
+    before = extra["train_config"]
+    date = cfg.date or resuming and before["date"] or time.strftime("%d %B %Y")  # a run does not change with the day
+    cfg = dataclasses.replace(cfg, style=cfg.style or before.get("style") or "compact", date=date)
     try:
         tokenizer, tasks = data.get_tokenizer(extra["tokenizer"]), load_tasks(cfg)
         if cfg.stage == "apo":
@@ -599,13 +612,18 @@ def begin(cfg, rt):
     run = train.start(cfg, rt, model, extra if resuming else {}, locked, cfg.stage, train.data_parallel(model, rt, rows, T),
                       lora=lora, tokenizer=tokenizer, tasks=tasks, examples=examples, held=held)
     run.samples = lambda: f"rows {run.consumed} to {run.consumed + cfg.batch - 1} of the run's order"
+    crc = 0
+    for x in (x for example in examples for x in example):
+        crc = zlib.crc32(np.array(x, np.int32), crc)
+    if run.monitor.setdefault("data", crc) != crc:
+        raise SystemExit(f"--resume: {cfg.out} was trained on other examples: the same --data and --max_length expected")
     if cfg.stage == "apo":
         if not resuming:
             run.monitor["reference"] = logp_sums(model, [x for pair in examples + held for x in pair], rt).view(-1, 2)
         run.reference, run.held_reference = run.monitor["reference"].split([len(examples), len(held)])
     trained = sum(p.numel() * (rt.tp_size if p.tp_dim is not None else 1) for p in model.parameters() if p.requires_grad)
     run.log.say(f"{nano.num_params(model.config):,} parameters, {trained:,} of them trained here, {cfg.steps:,} steps of {cfg.batch} "
-                f"{'pairs' if cfg.stage == 'apo' else f'rows of {cfg.max_length}'} | {rt.name}, {str(rt.dtype)[6:]} | template {style}"
+                f"{'pairs' if cfg.stage == 'apo' else f'rows of {cfg.max_length}'} | {rt.name}, {str(rt.dtype)[6:]} | template {cfg.style}"
                 + f" | {rt.dp_size} data-parallel x {rt.tp_size} tensor-parallel" * (rt.world_size > 1)
                 + f" | resuming after step {run.step}" * resuming)
     return run

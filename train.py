@@ -144,7 +144,7 @@ def make_optimizers(model, cfg):
     decayed = head if muon else hidden + head
     groups = [dict(params=p, weight_decay=w) for p, w in ((rest, 0.0), (decayed, cfg.weight_decay)) if p]
     optimizers = [Muon(hidden, cfg.lr, cfg.weight_decay, tp=model.tp)] if muon else []
-    return optimizers + [torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)] * bool(groups)
+    return optimizers + ([torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)] if groups else [])
 
 
 def optimizer_state(model, optimizers):
@@ -287,9 +287,10 @@ def check(cfg, rt):
 
 def other_settings(cfg, recorded):
     """Names of what `recorded`, the settings of a run, has otherwise than cfg, but for what may change on the way and for
-    the shape that cfg leaves to its --init or to the tokenizer."""
-    left = {f.name for f in dataclasses.fields(nano.Config)} - {"max_position_embeddings"} if cfg.init else {"vocab_size"}
-    free = NOT_THE_EXPERIMENT | (left if cfg.init or not cfg.vocab_size else set())
+    what cfg leaves to its --init, the tokenizer or the data."""
+    free = NOT_THE_EXPERIMENT | {k for k in ("vocab_size", "steps", "style", "date") if not getattr(cfg, k, None)}
+    if cfg.init:
+        free |= {f.name for f in dataclasses.fields(nano.Config)} - {"max_position_embeddings"}
     return [k for k, v in dataclasses.asdict(cfg).items() if k in recorded and k not in free and v != recorded[k]]
 
 

@@ -1,7 +1,7 @@
-"""sft.py: losses against closed forms, transformers and TRL; chats, pairs, adapters, evaluation and merging on tiny models.
+"""sft.py: losses against closed forms, transformers and TRL; chats, pairs, adapters, evaluation, merging.
 
-Most tests are for a pitfall of posttrain.md: means of means, NaN of masked rows, a reference that drifts, shared history that
-APO would train, adapters that a resume or a merge loses.
+Most tests are for a pitfall that some project fell into: means of means, NaN of masked rows, a reference that drifts,
+shared history that APO would train, adapters that a resume or a merge loses.
 """
 import dataclasses, gc, itertools, json, math, os, random, re, shutil, signal, statistics, uuid
 from collections import Counter
@@ -39,11 +39,12 @@ def small_model(seed=0, **change):
 
 def checkpoint(folder, seed=0, step=0, tokenizer="bytes", train_config=None, **change):
     folder.mkdir(parents=True, exist_ok=True)
-    return nano.save_checkpoint(folder, small_model(seed, **change), step, tokenizer=tokenizer, train_config=train_config)
+    model = small_model(seed, **change)
+    return nano.save_checkpoint(folder, model, step, tokenizer=tokenizer, train_config=train_config)
 
 
 def chats():
-    """26 rows; no two have the same number of trained tokens, so that a mean of means is not the mean."""
+    """26 rows with unlike numbers of trained tokens, so that a mean of means is not the mean."""
     for i in range(26):
         answer = "".join(chr(97 + (i * 5 + j * j) % 26) for j in range(1 + i))
         think = f"<think>\n{i}?\n</think>\n" * (i % 3 == 0)
@@ -51,10 +52,11 @@ def chats():
 
 
 def pairs():
-    """18 pairs in both modes; chosen ones are written in capitals, and the longer of a pair is now this and now that one."""
+    """18 pairs in both modes; chosen ones are in capitals, and the longer of a pair is now this and now that one."""
     for i in range(18):
         think = f"<think>\n{i % 5}\n</think>\n" * (i % 2)
-        yield dict(prompt=f"Say {i}", chosen=think + "YES"[:1 + i % 3] * (1 + i % 2), rejected=think + "no" * (1 + i % 4))
+        chosen, rejected = "YES"[:1 + i % 3] * (1 + i % 2), "no" * (1 + i % 4)
+        yield dict(prompt=f"Say {i}", chosen=think + chosen, rejected=think + rejected)
 
 
 def write(path, rows):
@@ -75,9 +77,10 @@ def place(tmp_path_factory):
 def settings(place, out, **change):
     """6 steps of 4 rows, or pairs, on one thread; nothing is held out and nobody asks for answers."""
     file = "pairs" if change.get("stage") == "apo" else "chats"
-    return sft.Config(**dict(init=str(place / "base"), out=str(out), data=str(place / f"{file}.jsonl"), steps=6, batch=4, lr=1e-2,
-                             max_length=128, val_fraction=0.0, log_every=1, eval_every=1000, save_every=1000,
-                             max_new_tokens=8, device="cpu", dtype="float32") | change)
+    return sft.Config(**dict(
+        init=str(place / "base"), out=str(out), data=str(place / f"{file}.jsonl"), steps=6, batch=4, lr=1e-2,
+        max_length=128, val_fraction=0.0, log_every=1, eval_every=1000, save_every=1000, max_new_tokens=8,
+        device="cpu", dtype="float32") | change)
 
 
 @pytest.fixture
@@ -101,7 +104,7 @@ def session(cfg):
 
 
 def stopped_run(cfg, step):
-    """Start cfg and stop it after `step` steps by a real SIGTERM, which without Stop's handler is an error, not pytest's end."""
+    """Start cfg and stop it by a real SIGTERM in step `step`. Uncaught it would end pytest: make it an error."""
     before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM was not caught"))
     original = train.lr_at
 
@@ -140,7 +143,8 @@ def tensors(value, at=""):
     """All tensors in nested dicts, by path."""
     if isinstance(value, torch.Tensor):
         return {at: value}
-    return {k: t for name, v in value.items() for k, t in tensors(v, f"{at}/{name}").items()} if isinstance(value, dict) else {}
+    inside = value.items() if isinstance(value, dict) else ()
+    return {k: t for name, v in inside for k, t in tensors(v, f"{at}/{name}").items()}
 
 
 def assert_same_state(one, other):
@@ -178,7 +182,7 @@ def normalized(source):
 # --- preference loss -------------------------------------------------------------------------------------------------
 
 LOSSES = ["sigmoid", "apo_zero", "apo_down", "ipo"]
-NAMES = {"rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen", "logps/rejected"}
+NAMES = {*(f"rewards/{k}" for k in ("chosen", "rejected", "margins", "accuracies")), "logps/chosen", "logps/rejected"}
 
 
 def random_logps(n=7, seed=0):
@@ -202,7 +206,7 @@ def test_where_the_policy_is_the_reference_the_losses_are_ln_2_1_1_and_1_over_4_
         assert all((metrics[f"rewards/{k}"] == 0).all() for k in ("chosen", "rejected", "margins", "accuracies"))
 
 
-@pytest.mark.parametrize("loss_type, chosen, rejected", [      # posttrain.md §1.2, in units of beta
+@pytest.mark.parametrize("loss_type, chosen, rejected", [      # the derivatives at 0, in units of beta
     ("sigmoid", -1 / 2, 1 / 2), ("apo_zero", -1 / 4, 1 / 4), ("apo_down", 0.0, 1 / 4)])
 def test_gradients_where_the_policy_is_the_reference_are_those_of_the_table(loss_type, chosen, rejected):
     pi = [x.clone().requires_grad_() for x in random_logps()[:2]]
@@ -226,7 +230,8 @@ def test_losses_equal_their_closed_forms_pair_by_pair(loss_type, beta):
     got, metrics = sft.preference_loss(*values, beta, loss_type, lengths)
     assert float(got) == pytest.approx(sum(expected) / 7, rel=1e-9)
     for i in range(7):
-        alone, _ = sft.preference_loss(*(x[i:i + 1] for x in values), beta, loss_type, tuple(n[i:i + 1] for n in lengths))
+        own = [x[i:i + 1] for x in (*values, *lengths)]
+        alone, _ = sft.preference_loss(*own[:4], beta, loss_type, tuple(own[4:]))
         assert float(alone) == pytest.approx(expected[i], rel=1e-9)
     assert metrics["rewards/chosen"].tolist() == pytest.approx([beta * x for x in c])
     assert metrics["rewards/rejected"].tolist() == pytest.approx([beta * x for x in r])
@@ -241,7 +246,8 @@ def test_ipo_without_lengths_is_the_papers_sum():
 
 
 def test_apo_losses_stay_between_0_and_2_however_far_the_policy_went():
-    far = torch.tensor([-1e4, -3.0, 0.0, 3.0, 1e4]).repeat(5), torch.tensor([-1e4, -3.0, 0.0, 3.0, 1e4]).repeat_interleave(5)
+    values = torch.tensor([-1e4, -3.0, 0.0, 3.0, 1e4])
+    far = values.repeat(5), values.repeat_interleave(5)
     for loss_type in ("apo_zero", "apo_down"):
         for c, r in zip(*far):
             loss, _ = sft.preference_loss(c[None], r[None], torch.zeros(1), torch.zeros(1), 0.1, loss_type)
@@ -284,9 +290,10 @@ def assert_same_gradients(m, theirs, tolerance):
 
 
 def test_sft_loss_and_gradients_equal_transformers(config):
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed: no second opinion on the loss")
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed: no second opinion on SFT")
     m = small_model(no_rope_layer_interval=0)
-    theirs, examples = llama(transformers, m, pad_token_id=0, eos_token_id=END), [rendered(r) for r in normalized(chats())[:8]]
+    theirs = llama(transformers, m, pad_token_id=0, eos_token_id=END)
+    examples = [rendered(r) for r in normalized(chats())[:8]]
     run = SimpleNamespace(replica=m, cfg=config(micro_batch=2), rt=CPU)
     loss, _ = sft.learn_chats(run, data.chat_batch([[x] for x in examples], 128))
     width = max(len(ids) for ids, _ in examples)
@@ -295,16 +302,16 @@ def test_sft_loss_and_gradients_equal_transformers(config):
                         attention_mask=torch.tensor([pad([1] * len(ids), 0) for ids, _ in examples]),
                         labels=torch.tensor([pad([i if k else -100 for i, k in zip(*x)], -100) for x in examples])).loss
     their_loss.backward()
-    assert float(loss) == pytest.approx(float(their_loss), abs=1e-5)
+    assert float(loss) == pytest.approx(their_loss.item(), abs=1e-5)
     assert_same_gradients(m, theirs, 1e-5)
 
 
 @pytest.fixture(scope="module")
 def dpo(tmp_path_factory):
-    """TRL's DPOTrainer on two random Llamas and a batch of its own making -> (trainer, batch, our policy, our reference)."""
+    """TRL's DPOTrainer on two random Llamas and a batch that it made -> (trainer, batch, our policy, our reference)."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("HF_HUB_OFFLINE", "1")
-        trl = pytest.importorskip("trl", reason="the package trl is not installed: no second opinion on preference losses")
+        trl = pytest.importorskip("trl", reason="the package trl is not installed: no second opinion on pairs")
         import datasets.fingerprint, tokenizers, transformers
         # dill and pyarrow in some versions cannot hash a map's arguments
         patch.setattr(datasets.fingerprint.Hasher, "hash", classmethod(lambda cls, value: uuid.uuid4().hex))
@@ -312,19 +319,23 @@ def dpo(tmp_path_factory):
         inner = tokenizers.Tokenizer(tokenizers.models.BPE(vocab={c: i for i, c in enumerate(alphabet)}, merges=[]))
         inner.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
         inner.decoder = tokenizers.decoders.ByteLevel()
-        tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|pad|>")
+        tokenizer = transformers.PreTrainedTokenizerFast(
+            tokenizer_object=inner, eos_token="<|im_end|>", pad_token="<|pad|>")
         ours = [small_model(seed, no_rope_layer_interval=0, initializer_range=0.2) for seed in (0, 1)]
-        theirs = [llama(transformers, m, pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id) for m in ours]
+        special = dict(pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id)
+        theirs = [llama(transformers, m, **special) for m in ours]
         rng = random.Random(0)
         text = lambda: "".join(rng.choice("abcdefgh XYZ0123") for _ in range(rng.randint(1, 12)))
-        args = trl.DPOConfig(str(tmp_path_factory.mktemp("trl")), use_cpu=True, bf16=False, gradient_checkpointing=False,
-                             report_to=[], disable_tqdm=True, per_device_train_batch_size=6, beta=0.1, max_length=64)
+        args = trl.DPOConfig(
+            str(tmp_path_factory.mktemp("trl")), use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[],
+            disable_tqdm=True, per_device_train_batch_size=6, beta=0.1, max_length=64)
         rows = [dict(prompt=f"{text()}?", chosen=" " + text(), rejected=" " + text()) for _ in range(6)]
-        trainer = trl.DPOTrainer(theirs[0], ref_model=theirs[1], args=args, train_dataset=datasets.Dataset.from_list(rows),
-                                 processing_class=tokenizer)
+        trainer = trl.DPOTrainer(theirs[0], ref_model=theirs[1], args=args, processing_class=tokenizer,
+                                 train_dataset=datasets.Dataset.from_list(rows))
         return trainer, dict(next(iter(trainer.get_train_dataloader()))), *ours
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")       # transformers about what TRL asks of it
 @pytest.mark.parametrize("micro_batch", [0, 2])
 @pytest.mark.parametrize("loss_type", LOSSES)
 def test_a_step_on_pairs_has_trls_loss_metrics_and_gradients(dpo, config, loss_type, micro_batch):
@@ -337,12 +348,13 @@ def test_a_step_on_pairs_has_trls_loss_metrics_and_gradients(dpo, config, loss_t
             zip(batch["input_ids"], batch["completion_mask"], batch["attention_mask"].sum(1).tolist())]
     examples = [real[i + half] for i in range(6) for half in (0, 6)]    # theirs: first all chosen, then all rejected
     ref = sft.logp_sums(reference, examples, CPU).view(-1, 2)
-    run = SimpleNamespace(replica=policy, cfg=config(stage="apo", batch=6, loss_type=loss_type, micro_batch=micro_batch), rt=CPU)
-    loss, metrics = sft.learn_pairs(run, (data.chat_batch([[x] for x in examples], 63), ref))
-    assert float(loss) == pytest.approx(float(theirs), abs=1e-5, rel=1e-6)
+    cfg = config(stage="apo", batch=6, loss_type=loss_type, micro_batch=micro_batch)
+    run, ours = SimpleNamespace(replica=policy, cfg=cfg, rt=CPU), data.chat_batch([[x] for x in examples], 63)
+    loss, metrics = sft.learn_pairs(run, (ours, ref))
+    assert float(loss) == pytest.approx(theirs.item(), abs=1e-5, rel=1e-6)
     logged = {k: v[0] for k, v in trainer._metrics["eval"].items()}
     assert metrics == pytest.approx({k: logged[k] for k in NAMES}, abs=1e-4)
-    assert_same_gradients(policy, trainer.model, 1e-5 * max(1.0, float(theirs)))
+    assert_same_gradients(policy, trainer.model, 1e-5 * max(1.0, theirs.item()))
 
 
 # --- a step of SFT ---------------------------------------------------------------------------------------------------
@@ -388,23 +400,24 @@ def test_loss_and_gradient_norm_are_those_of_the_mean_over_trained_tokens_comput
     logits, counted = m(ids, docs), targets != -100
     expected = F.cross_entropy(logits[counted], targets[counted])
     expected.backward()
-    assert float(loss) == pytest.approx(float(expected), abs=1e-6)
+    assert float(loss) == pytest.approx(expected.item(), abs=1e-6)
     assert norm == pytest.approx(float(torch.cat([p.grad.flatten() for p in m.parameters()]).norm()), rel=1e-5)
     means = [F.cross_entropy(logits[b][counted[b]], targets[b][counted[b]]).item() for b in range(4)]
     assert abs(statistics.mean(means) - float(loss)) > 1e-4     # the mean of means would be another number
 
 
 def test_micro_batches_without_a_trained_token_give_exactly_zero_and_no_nan(config):
-    m, cfg = small_model(), config(micro_batch=1)
+    m = small_model()
+    run = SimpleNamespace(replica=m, cfg=config(micro_batch=1), rt=CPU)
     ids, targets, docs = data.chat_batch([[rendered(r)] for r in normalized(chats())[:4]], 128)
-    nothing, _ = sft.learn_chats(SimpleNamespace(replica=m, cfg=cfg, rt=CPU), (ids, torch.full_like(targets, -100), docs))
+    nothing, _ = sft.learn_chats(run, (ids, torch.full_like(targets, -100), docs))
     assert float(nothing) == 0.0 and all((p.grad == 0).all() for p in m.parameters())
     masked = targets.clone()
     masked[1] = -100                                    # its neighbours are trained as if it were not there
     results = []
     for rows in ([0, 1, 2, 3], [0, 2, 3]):
         m.zero_grad()
-        loss, _ = sft.learn_chats(SimpleNamespace(replica=m, cfg=cfg, rt=CPU), (ids[rows], masked[rows], docs[rows]))
+        loss, _ = sft.learn_chats(run, (ids[rows], masked[rows], docs[rows]))
         results.append((float(loss), float(train.clip_grad_norm(m, 1e9, CPU))))
     assert results[0] == pytest.approx(results[1], rel=1e-6) and math.isfinite(sum(results[0])) and results[0][0] > 1
 
@@ -415,8 +428,8 @@ def test_what_is_trained_on_alone_and_packed_with_others_has_the_same_loss_and_g
     assert 1 < max(map(len, spaces))
     path = write(Path(config().out).with_suffix(".jsonl"), itertools.islice(chats(), 12))
     packed = first_step(config("packed", data=path, batch=len(spaces)))
-    alone = first_step(config("alone", data=path, batch=12, packing="longest"))
-    assert packed == pytest.approx(alone, rel=1e-5)
+    for packing in ("longest", "max_length"):
+        assert packed == pytest.approx(first_step(config(packing, data=path, batch=12, packing=packing)), rel=1e-5)
 
 
 # --- what is trained on ----------------------------------------------------------------------------------------------
@@ -440,15 +453,13 @@ def as_documents(examples):
 def test_every_example_is_seen_exactly_once_per_epoch_in_another_order_and_shared_by_replicas(config, change):
     run, pair = begin(config(batch=2, **change)), "stage" in change
     if pair:
-        texts = [data.render(r["prompt"] + r[k], r["mode"], tokenizer=BYTES) for r in normalized(pairs())
-                 for k in ("chosen", "rejected")]
-        expected = Counter(ids[:-1] for ids, _ in as_documents([(ids, ids) for ids, _ in texts]) for ids in [ids + (END,)])
-        expected = Counter(tuple(ids[:-1]) for ids, _ in texts)
+        expected = Counter(tuple(data.render(r["prompt"] + r[k], r["mode"], tokenizer=BYTES)[0][:-1])
+                           for r in normalized(pairs()) for k in ("chosen", "rejected"))
     else:
         expected = Counter(as_documents([rendered(r) for r in normalized(chats())]))
     n, seen, orders = len(run.examples), [], []
-    assert n % 2 == 0 and sum(expected.values()) == (36 if pair else 26)
-    for step in range(n):                               # two epochs of n / 2 steps
+    assert sum(expected.values()) == (36 if pair else 26)
+    for step in range(n):                               # two epochs: 2 n rows in steps of 2
         run.consumed = 2 * step
         batch = sft.next_batch(run)
         halves = []
@@ -456,7 +467,7 @@ def test_every_example_is_seen_exactly_once_per_epoch_in_another_order_and_share
             own = SimpleNamespace(**vars(run) | dict(rt=SimpleNamespace(**vars(CPU) | dict(dp_rank=rank, dp_size=2))))
             halves.append(sft.next_batch(own))
         if pair:
-            assert torch.equal(batch[1], torch.cat([half[1] for half in halves]))      # the reference goes with its pair
+            assert torch.equal(batch[1], torch.cat([half[1] for half in halves]))       # a reference goes with its pair
             batch, halves = batch[0], [half[0] for half in halves]
         documents = split(batch)
         assert documents == [x for half in halves for x in split(half)]
@@ -473,18 +484,15 @@ def test_epochs_become_steps(config):
     assert begin(config("d", steps=0, epochs=3.0, packing="longest")).cfg.steps == math.ceil(3 * 26 / 4)
 
 
-def test_what_max_length_cuts_and_drops_is_counted_and_printed(config, capsys):
-    lengths = [len(rendered(r)[0]) for r in normalized(chats())]
-    prompts = [rendered(r)[1].index(1) for r in normalized(chats())]     # places before the first trained token
-    limit = 66
-    cut, dropped = sum(n > limit for n in lengths), sum(p >= limit for p in prompts)
-    assert 0 < dropped < cut < 26
-    run = begin(config(max_length=limit, packing="longest"))
+def test_what_max_length_cuts_and_drops_is_counted_and_printed(config, tmp_path, capsys):
+    source = [*chats(), *(dict(prompt=n * "why? ", completion="so") for n in (20, 30))]
+    examples, limit = [rendered(row) for row in normalized(source)], 66
+    cut = sum(len(ids) > limit for ids, _ in examples)
+    assert all((1 in mask[:limit]) == (i < 26) for i, (_, mask) in enumerate(examples)) and 2 < cut < 26
+    run = begin(config(data=write(tmp_path / "more.jsonl", source), max_length=limit, packing="longest"))
     table = capsys.readouterr().out
-    assert re.search(rf"chats +{26 - dropped} +0 .* {cut} cut; dropped {dropped}: no trained token within max_length\n", table)
-    assert len(run.examples) == 26 - dropped
-    got = sorted(ids for ((ids, _),) in run.examples)
-    assert got == sorted(rendered(r)[0][:limit] for r, p in zip(normalized(chats()), prompts) if p < limit)
+    assert re.search(rf"more +26 +0 .* {cut} cut; dropped 2: no trained token within max_length\n", table)
+    assert sorted(ids for ((ids, _),) in run.examples) == sorted(ids[:limit] for ids, _ in examples[:26])
 
 
 def test_nothing_left_is_one_line_and_so_is_a_bad_row_with_its_place(config, tmp_path):
@@ -495,15 +503,15 @@ def test_nothing_left_is_one_line_and_so_is_a_bad_row_with_its_place(config, tmp
     one_line(sft.main, config("c", data=str(tmp_path / "broken.jsonl")), match=r"broken\.jsonl:2: ")
     path = write(tmp_path / "mixed.jsonl", [next(chats()), next(pairs())])
     one_line(sft.main, config("d", data=path), match=r"mixed\.jsonl:2: .*expected chats or texts")
-    one_line(sft.main, config("e", data=path, stage="apo"), match=r"mixed\.jsonl:1: .*expected prompt \+ chosen \+ rejected")
+    one_line(sft.main, config("e", data=path, stage="apo"), match=r"mixed\.jsonl:1: .*expected prompt \+ chosen")
     one_line(sft.main, config("f", data="/nowhere/x.jsonl"), match="/nowhere/x.jsonl: nothing found")
     assert not [p for name in "abcdef" for p in nano.checkpoints(tmp_path / name)]
 
 
 def test_rows_of_every_format_are_kept_held_out_or_counted_as_dropped(config, tmp_path, capsys):
     formats = dict(
-        messages=lambda i: dict(messages=[dict(role="user", content=f"q {i}"), dict(role="assistant", content=f"a {i}")]),
-        sharegpt=lambda i: dict(conversations=[{"from": "human", "value": f"q {i}"}, {"from": "gpt", "value": f"a {i}"}]),
+        messages=lambda i: dict(messages=data.as_messages(f"q {i}", "user") + data.as_messages(f"a {i}", "assistant")),
+        sharegpt=lambda i: dict(conversations=[{"from": who, "value": f"{who} {i}"} for who in ("human", "gpt")]),
         completion=lambda i: dict(prompt=f"q {i}", completion=f"a {i}"),
         alpaca=lambda i: dict(instruction=f"q {i}", input="", output=f"a {i}"),
         gsm8k=lambda i: dict(question=f"q {i}", answer=f"So <<1+{i}={1 + i}>>{1 + i}.\n#### {1 + i}"),
@@ -541,7 +549,7 @@ def test_held_out_are_all_answers_to_a_question_and_their_loss_is_the_mean_over_
     assert sft.validate(run)["val_loss"] == pytest.approx(-float(torch.cat(logps).mean()), abs=1e-5)
 
 
-def test_loss_on_all_trains_the_prompts_too_and_the_template_is_that_of_the_model_unless_one_is_named(place, config, tmp_path):
+def test_loss_on_all_trains_prompts_and_the_template_is_the_models_unless_one_is_named(config, tmp_path):
     checkpoint(tmp_path / "mid", train_config=dict(style="chatml"))
     row = normalized(chats())[1]
     for change, style in ((dict(init=str(tmp_path / "mid")), "chatml"), ({}, "compact"),
@@ -564,16 +572,33 @@ def test_training_starts_from_the_checkpoint_and_the_rate_rises_and_falls_to_a_t
 
 # --- pairs -----------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("style, mode", [("compact", "think"), ("compact", "no_think"), ("smollm3", "no_think"), ("chatml", "think")])
+@pytest.mark.parametrize("style, mode", [
+    ("compact", "think"), ("compact", "no_think"), ("smollm3", "no_think"), ("chatml", "think")])
 def test_shared_history_is_not_trained_and_the_whole_answer_is(config, style, mode):
     history = [("system", "Be brief."), ("user", "Hi"), ("assistant", "Hello you"), ("user", "And?")]
-    row = dict(prompt=[dict(role=r, content=c) for r, c in history], mode=mode,
-               chosen=data.as_messages("same start, good", "assistant"), rejected=data.as_messages("same start, bad!", "assistant"))
-    chosen, rejected = sft.encode_pair(row, config(stage="apo", style=style, max_length=4000), BYTES)
-    for (ids, mask), answer in ((chosen, "same start, good"), (rejected, "same start, bad!")):
+    prompt, answers = [dict(role=r, content=c) for r, c in history], ("same start, good", "same start, bad!")
+    row = dict(zip(("chosen", "rejected"), (data.as_messages(a, "assistant") for a in answers)))
+    assert sum(data.render(prompt, mode, style, tokenizer=BYTES)[1]) == len("Hello you") + 1    # as a chat it would be
+    row |= dict(prompt=prompt, mode=mode)
+    pair = sft.encode_pair(row, config(stage="apo", style=style, max_length=4000), BYTES)
+    for (ids, mask), answer in zip(pair, answers, strict=True):
         assert [i for i, k in zip(ids, mask) if k] == [*answer.encode(), END]
         assert BYTES.decode(ids).count("Hello you") == 1 and len(ids) == len(mask)
-        assert (ids, [1] * len(ids)) != (ids, mask) and sum(data.render(row["prompt"], mode, style, tokenizer=BYTES)[1]) > 0
+
+
+def test_an_answer_of_several_turns_is_trained_where_the_assistant_speaks(config):
+    turns = [dict(role=r, content=c) for r, c in (("assistant", "one"), ("user", "go on"), ("assistant", "two"))]
+    row = dict(prompt=data.as_messages("Hi", "user"), chosen=turns, rejected=turns[:1], mode="no_think")
+    (ids, mask), _ = sft.encode_pair(row, config(stage="apo", style="compact"), BYTES)
+    assert [i for i, k in zip(ids, mask) if k] == [*b"one", END, *b"two", END]
+
+
+def test_pairs_that_teach_nothing_are_dropped_and_counted(config, tmp_path, capsys):
+    same = dict(prompt="q", chosen="yes", rejected="yes")
+    thoughts = dict(prompt="q", chosen="<think>a</think>yes", rejected="<think>b</think>yes", mode="no_think")
+    run = begin(config(stage="apo", data=write(tmp_path / "more.jsonl", [*pairs(), same, thoughts]), steps=1))
+    assert len(run.examples) == 18
+    assert sum(int(n) for n in re.findall(r"dropped (\d+): chosen and rejected", capsys.readouterr().out)) == 2
 
 
 def test_pairs_whose_prompt_fills_max_length_are_dropped_and_counted(config, capsys):
@@ -642,8 +667,8 @@ def test_a_larger_beta_stays_closer_to_the_reference(config):
 # --- pairs from the model itself -------------------------------------------------------------------------------------
 
 def scripted(script):
-    """In place of model.generate: script(prompt, number of the answer) -> its text; '…' at its end: it was cut off."""
-    def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), seed=0, compile=False):
+    """In place of model.generate: script(prompt, number of the answer) -> its text; "…" ends one that is cut off."""
+    def generate(model, prompts, max_new_tokens, temperature=1.0, stop_ids=(), seed=0):
         result = []
         for prompt, (_, number) in zip(prompts, seed):
             text = script(BYTES.decode(prompt), number)
@@ -655,7 +680,7 @@ def scripted(script):
 PROBLEMS = [dict(prompt=f"{a}+{b}=", answer=str(a + b)) for a, b in ((7, 8), (1, 2), (3, 3), (4, 4), (5, 5))]
 SAID = [["I say\n15", "14", "I have to say\n15", "15"],        # the shortest right one over a wrong one
         ["3", " 3", "we have\n3", "so 1+2=\n3"],                # over a right one that is much longer
-        ["6", "6.", " 6", "6"],                                 # nothing to choose from
+        ["so it is\n6", "so it is\n6.", "so it is\n 6", "it is so\n6"],   # nothing to choose from
         ["9", "10", "11", "12"],                                # no right one
         ["10", "no idea…", "1000…", "10"]]                      # what is cut off is no answer
 
@@ -677,7 +702,7 @@ def test_pairs_of_the_model_itself_are_right_over_wrong_or_longer_and_a_resume_u
     stopped_run(cfg, 2)
     path = Path(cfg.out) / "pairs.jsonl"
     before, found = path.read_bytes(), [json.loads(line) for line in path.read_text().splitlines()]
-    told = [(p["mode"], p["prompt"][0]["content"], p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in found]
+    told = [(p["mode"], *(p[k][0]["content"] for k in ("prompt", "chosen", "rejected"))) for p in found]
     assert told == [(mode, *rest) for mode in ("think", "no_think")
                     for rest in (("7+8=", "15", "14"), ("1+2=", "3", "so 1+2=\n3"))]
     assert len(talk) == 2 * 4 * len(PROBLEMS)
@@ -691,14 +716,23 @@ def test_pairs_of_the_model_itself_are_right_over_wrong_or_longer_and_a_resume_u
     assert_same_state(cfg.out, other.out)
 
 
+def test_two_replicas_make_the_pairs_together_and_one_writes_them(config, tmp_path, talk):
+    alone, two = (config(name, stage="apo", data=write(tmp_path / "problems.jsonl", PROBLEMS), steps=2, batch=2)
+                  for name in ("alone", "two"))
+    ranks(1, rank_session, alone), ranks(2, rank_session, two)
+    assert (Path(alone.out) / "pairs.jsonl").read_bytes() == (Path(two.out) / "pairs.jsonl").read_bytes() != b""
+    assert_alike(alone, two)
+
+
 def test_without_data_the_pairs_are_sampled_on_fresh_sums_or_the_demonstrated_ones(config, monkeypatch):
     monkeypatch.setattr(sft, "SUMS", 5), monkeypatch.setattr(sft, "SELF", 3), monkeypatch.setattr(sft, "PROBLEMS", 2)
-    monkeypatch.setattr(nano, "generate", scripted(lambda prompt, number: str(eval(re.findall(r"(\d+\+\d+)=", prompt)[-1])
-                                                                              + number % 2)))
+    total = lambda prompt: sum(map(int, re.findall(r"(\d+)\+(\d+)=", prompt)[-1]))
+    monkeypatch.setattr(nano, "generate", scripted(lambda prompt, number: str(total(prompt) + number % 2)))
     cfg = config("self", stage="apo", data="", steps=1)
     sft.main(cfg)
-    asked = {json.loads(line)["prompt"][0]["content"] for line in (Path(cfg.out) / "pairs.jsonl").read_text().splitlines()}
-    assert asked == {f"{a}+{b}=" for a, b in data.sums(8)[5:]}           # neither those of SFT nor held-out ones
+    found = [json.loads(line) for line in (Path(cfg.out) / "pairs.jsonl").read_text().splitlines()]
+    assert {pair["prompt"][0]["content"] for pair in found} == {
+        f"{a}+{b}=" for a, b in data.sums(8)[5:]}       # neither those of SFT nor held-out ones
     pairs_made = data.sum_pairs(5)
     monkeypatch.setattr(data, "sum_pairs", lambda n: pairs_made)
     run = begin(config("sums", stage="apo", data="", pairs="sums", steps=1))
@@ -740,9 +774,10 @@ def test_an_adapter_adds_alpha_over_rank_times_b_a_and_drops_inputs_only_in_trai
     layer, x = m.layers[0].mlp.up_proj, torch.randn(5, 32)
     added = 6 / 4 * x @ layer.lora_A.T @ layer.lora_B.T
     assert torch.allclose(layer(x), x @ layer.weight.T + added, atol=1e-6)
-    assert layer.lora_A.shape == (4, 32) and layer.lora_B.shape == (48, 4) and float(layer.lora_A.abs().max()) <= 32**-0.5
+    assert layer.lora_A.shape == (4, 32) and layer.lora_B.shape == (48, 4) and layer.lora_A.abs().max() <= 32**-0.5
     several = torch.stack([layer.train()(x) for _ in range(400)])
-    assert not torch.equal(several[0], several[1]) and (several.mean(0) - layer.eval()(x)).abs().mean() < 0.1 * added.abs().mean()
+    assert not torch.equal(several[0], several[1])
+    assert (several.mean(0) - layer.eval()(x)).abs().mean() < 0.1 * added.abs().mean()
 
 
 def test_only_adapters_learn_and_their_checkpoint_holds_nothing_else_and_is_small(config, place):
@@ -775,8 +810,8 @@ def test_targets_choose_the_matrices_and_unknown_ones_are_one_line(config):
     m = adapted(config, lora_targets="q_proj, v_proj")
     names = {n.rpartition(".")[2] for n, x in m.named_modules() if isinstance(x, sft.LoRALinear)}
     assert names == {"q_proj", "v_proj"}
-    one_line(sft.main, config(lora_rank=2, lora_targets="q_proj,queries"), match="--lora_targets=q_proj,queries: no queries: some of "
-             + ",".join(sorted(TARGETS)) + " expected")
+    one_line(sft.main, config(lora_rank=2, lora_targets="q_proj,queries"),
+             match=f"--lora_targets=q_proj,queries: no queries: some of {','.join(sorted(TARGETS))} expected")
     one_line(sft.main, config("empty", lora_rank=2, lora_targets=""), match="--lora_targets=: ")
 
 
@@ -814,7 +849,14 @@ def test_adapters_find_their_base_when_both_move_together_and_say_when_it_is_gon
     (moved / "base").rename(moved / "gone")
     one_line(nano.load_checkpoint, moved / "run", match="base/ckpt_00000000.pt")
     checkpoint(moved / "base", seed=1)                  # another model under the same name
-    one_line(nano.load_checkpoint, moved / "run", match="base/ckpt_00000000.pt: not the file that the adapters in .* were trained on")
+    one_line(nano.load_checkpoint, moved / "run", match="base/ckpt_0{8}.pt: not the file that the adapters in .*run")
+
+
+def test_adapters_do_not_overwrite_their_own_base(config, tmp_path):
+    path = checkpoint(tmp_path / "run")
+    cfg = config("run", lora_rank=2, init=str(tmp_path / "run"), overwrite=True)
+    one_line(sft.main, cfg, match="--out")
+    assert path.exists() and nano.load_checkpoint(cfg.out)
 
 
 def test_adapters_on_adapters_load_as_trained(config):
@@ -831,12 +873,13 @@ def test_adapters_need_a_checkpoint_and_a_resume_the_same_kind_of_run(config, mo
     one_line(sft.main, config("none", init="", lora_rank=2), match="--lora_rank: a checkpoint to adapt expected")
     whole, adapters = config("whole"), config("adapters", lora_rank=2)
     stopped_run(whole, 2), stopped_run(adapters, 2)
-    one_line(sft.main, resumed(whole, lora_rank=2), match="--resume: .*whole holds a whole model: --lora_rank 0 expected")
-    one_line(sft.main, resumed(adapters, lora_rank=0), match="--resume: .*adapters holds adapters: --lora_rank expected")
+    one_line(sft.main, resumed(whole, lora_rank=2), match="--resume: .*whole holds a whole model: --lora_rank 0")
+    one_line(sft.main, resumed(adapters, lora_rank=0), match="--resume: .*adapters holds adapters: --lora_rank")
 
 
-@pytest.mark.parametrize("change", [dict(lora_rank=4), dict(lora_targets="q_proj"), dict(lora_targets="q_proj,v_proj,o_proj"),
-                                    dict(lora_alpha=8.0)], ids=str)
+@pytest.mark.parametrize("change", [
+    dict(lora_rank=4), dict(lora_targets="q_proj"), dict(lora_targets="q_proj,v_proj,o_proj"),
+    dict(lora_alpha=8.0)], ids=str)
 def test_a_resume_with_adapters_of_another_kind_is_refused_in_one_line(config, change):
     cfg = config(lora_rank=2, lora_targets="q_proj,v_proj")
     stopped_run(cfg, 2)
@@ -864,7 +907,7 @@ def rank_session(cfg):
 def assert_alike(one, other, tolerance=1e-4):
     """Two runs went the same way: steps and final weights."""
     for a, b in zip(steps(one), steps(other), strict=True):
-        assert {k: b[k] for k in ("loss", "grad_norm")} == pytest.approx({k: a[k] for k in ("loss", "grad_norm")}, rel=1e-3, abs=1e-4)
+        assert (b["loss"], b["grad_norm"]) == pytest.approx((a["loss"], a["grad_norm"]), rel=1e-3, abs=1e-4)
     a, b = (nano.load_checkpoint(cfg.out)[0].state_dict() for cfg in (one, other))
     assert all((a[n] - b[n]).abs().max() < tolerance for n in a)
     return a
@@ -890,7 +933,8 @@ def test_a_run_goes_on_in_two_tensor_parallel_halves_as_in_one_process(config, t
     ranks(1, rank_session, resumed(alone))
     results = ranks(2, rank_session, resumed(halves))
     assert_alike(alone, halves)
-    assert not results[0].complaints and results[0].result["val_loss"] == pytest.approx(rows(alone)[-1]["val_loss"], rel=1e-4)
+    assert not results[0].complaints
+    assert results[0].result["val_loss"] == pytest.approx(rows(alone)[-1]["val_loss"], rel=1e-4)
 
 
 def test_adapters_that_start_in_two_halves_are_cut_or_shared_and_loaded_whole(config):
@@ -906,6 +950,20 @@ def test_adapters_that_start_in_two_halves_are_cut_or_shared_and_loaded_whole(co
     assert not first.complaints
 
 
+def merged_rank(cfg):
+    """The adapters of a finished run, folded by two ranks."""
+    return sft.main(resumed(cfg, merge=True))["step"]
+
+
+def test_two_halves_fold_their_adapters_into_the_model_that_one_process_loads(config):
+    cfg = config(tp=2, lora_rank=4, steps=3, grad_clip=1.0)
+    ranks(2, rank_session, cfg)
+    apart = nano.load_checkpoint(cfg.out)[0](IDS)
+    assert ranks(2, merged_rank, cfg) == [3, 3]
+    merged, extra = nano.load_checkpoint(cfg.out)
+    assert not extra["lora"] and (merged(IDS) - apart).abs().max() < 1e-5
+
+
 # --- stop and resume -------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -917,8 +975,18 @@ def test_a_stopped_and_resumed_run_ends_with_the_bits_and_the_rows_of_an_undistu
     stopped_run(cfg, 3)
     sft.main(resumed(cfg))
     assert_same_state(cfg.out, undisturbed.out)
-    told = [row for row in untimed(undisturbed) if row["step"] != 3 or "grad_norm" in row]     # stopped before it evaluates
+    told = [row for row in untimed(undisturbed) if row["step"] != 3 or "grad_norm" in row]  # it did not evaluate there
     assert [row for row in untimed(cfg)] == told and told[-1]["final"]
+
+
+def test_a_run_that_torchrun_starts_again_goes_on_by_itself_whatever_the_data_have_filled_in(config, monkeypatch):
+    """The command says neither steps nor template nor date; the run's config.json does."""
+    change = dict(steps=0, epochs=2.0, style="", date="")
+    cfg, undisturbed = config("restarted", **change), config("undisturbed", **change)
+    sft.main(undisturbed), stopped_run(cfg, 2)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    sft.main(cfg)
+    assert_same_state(cfg.out, undisturbed.out)
 
 
 def test_evaluating_and_saving_more_often_changes_nothing(config):
@@ -926,12 +994,16 @@ def test_evaluating_and_saving_more_often_changes_nothing(config):
                      for name, every in (("seldom", 1000), ("often", 1)))
     sft.main(seldom), sft.main(often)
     assert_same_state(seldom.out, often.out)
-    assert len([r for r in rows(often) if "val_loss" in r]) == 7 and len([r for r in rows(seldom) if "val_loss" in r]) == 2
+    assert [len([row for row in rows(cfg) if "val_loss" in row]) for cfg in (seldom, often)] == [2, 7]
 
 
-def stopped_rank(cfg, step):
+def rank_stop(cfg, step):
     """A signal to rank 1 only."""
-    return stopped_run(cfg, step) if os.environ["RANK"] == "1" else sft.main(cfg)
+    torch.Tensor.bfloat16 = lambda x: x
+    if os.environ["RANK"] == "1":
+        original = train.lr_at
+        train.lr_at = lambda at, cfg: (at == step - 1 and signal.raise_signal(signal.SIGTERM)) or original(at, cfg)
+    return sft.main(cfg)
 
 
 def test_a_signal_to_one_of_two_replicas_stops_both_and_the_run_goes_on_bit_for_bit(config):
@@ -944,44 +1016,85 @@ def test_a_signal_to_one_of_two_replicas_stops_both_and_the_run_goes_on_bit_for_
     assert_same_state(cfg.out, undisturbed.out)
 
 
-def rank_stop(cfg, step):
-    torch.Tensor.bfloat16 = lambda x: x
-    if os.environ["RANK"] == "1":
-        original = train.lr_at
-        train.lr_at = lambda at, cfg: (at == step - 1 and signal.raise_signal(signal.SIGTERM)) or original(at, cfg)
-    return sft.main(cfg)
-
-
-def test_a_directory_with_a_run_is_refused_and_overwrite_repeats_the_run(config):
-    cfg = config(stage="apo", steps=3)
-    sft.main(cfg)
-    before = {p.name: p.read_bytes() for p in Path(cfg.out).iterdir()}
-    one_line(sft.main, cfg, match="this very run, up to step 3: --resume goes on with it, --overwrite deletes it")
-    one_line(sft.main, dataclasses.replace(cfg, beta=0.5), match=r"another run \(other beta\)")
-    assert {p.name: p.read_bytes() for p in Path(cfg.out).iterdir()} == before
-    first = nano.read_checkpoint(cfg.out)["model"]
-    first = {n: p.clone() for n, p in first.items()}
+@pytest.mark.parametrize("change", [dict(steps=3), dict(steps=0, epochs=0.5)], ids=str)
+@pytest.mark.parametrize("stage", ["sft", "apo"])
+def test_the_same_run_again_is_refused_and_overwrite_repeats_it(config, stage, change):
+    """It is known as this very run, which torchrun --max_restarts needs to go on with it."""
+    cfg = config(stage=stage, **change)
+    last = sft.main(cfg)["step"]
+    files = {p.name: p.read_bytes() for p in Path(cfg.out).iterdir()}
+    one_line(sft.main, dataclasses.replace(cfg, beta=0.5), match=r"another run \(other .*beta")
+    one_line(sft.main, cfg, match=f"this very run, up to step {last}: --resume goes on with it, --overwrite deletes it")
+    assert {p.name: p.read_bytes() for p in Path(cfg.out).iterdir()} == files
+    before = {n: p.clone() for n, p in nano.read_checkpoint(cfg.out)["model"].items()}
     sft.main(dataclasses.replace(cfg, overwrite=True))
     again = nano.read_checkpoint(cfg.out)["model"]
-    assert all(torch.equal(first[n], again[n]) for n in first)
+    assert all(torch.equal(before[n], again[n]) for n in before)
 
 
-@pytest.mark.parametrize("stage", ["sft", "apo"])
-def test_a_resume_with_other_data_is_refused_in_one_line(config, tmp_path, stage):
-    cfg = config(stage=stage)
+def test_the_recorded_configuration_starts_the_same_run_and_never_overwrites(config):
+    cfg = config(steps=2, overwrite=True)
+    sft.main(cfg)
+    recorded = infra.cli(sft.Config, sft.PRESETS, [f"--config={cfg.out}/config.json"])
+    one_line(sft.main, recorded, match="this very run")
+    other = dataclasses.replace(recorded, out=f"{cfg.out}-again")
+    sft.main(other)
+    assert_same_state(cfg.out, other.out)
+
+
+@pytest.mark.parametrize("change", ["fewer", "reordered"])
+def test_a_resume_with_other_pairs_is_refused_in_one_line(config, tmp_path, change):
+    """The reference belongs to the pairs, one by one."""
+    cfg, all_of_them = config(stage="apo"), list(pairs())
     stopped_run(cfg, 2)
-    fewer = write(tmp_path / "fewer.jsonl", itertools.islice(pairs() if stage == "apo" else chats(), 10))
-    one_line(sft.main, resumed(cfg, data=fewer), match="--resume|--data")
+    path = write(tmp_path / "others.jsonl", all_of_them[:10] if change == "fewer" else all_of_them[::-1])
+    one_line(sft.main, resumed(cfg, data=path), match="--resume|--data")
+
+
+def test_a_resume_on_another_day_goes_on_with_the_date_that_the_chats_had(config, monkeypatch):
+    days = iter(["24 November 2026", *["25 November 2026"] * 9])
+    cfg = config(style="smollm3", max_length=600, steps=4)
+    undisturbed = dataclasses.replace(cfg, out=cfg.out + "-undisturbed", date="24 November 2026")
+    sft.main(undisturbed)
+    monkeypatch.setattr(sft.time, "strftime", lambda form, *_: next(days))
+    stopped_run(cfg, 2), sft.main(resumed(cfg))
+    assert_same_state(cfg.out, undisturbed.out)
+
+
+def test_a_finished_run_can_be_resumed_and_stays_as_it_is(config):
+    cfg = config(stage="apo", steps=3, val_fraction=0.2)
+    result = sft.main(cfg)
+    before = {n: p.clone() for n, p in nano.read_checkpoint(cfg.out)["model"].items()}
+    again = sft.main(resumed(cfg))
+    after = nano.read_checkpoint(cfg.out)["model"]
+    assert all(torch.equal(before[n], after[n]) for n in before)
+    assert again["val_loss"] == result["val_loss"] and again["before"] == result["before"] and again["step"] == 3
+
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted_and_ten_in_a_row_end_the_run(config, monkeypatch, capsys):
+    original, bad = sft.learn_chats, {3}
+
+    def learn(run, batch):
+        loss, metrics = original(run, batch)
+        return (loss * math.nan if run.step + 1 in bad else loss), metrics
+    monkeypatch.setattr(sft, "learn_chats", learn)
+    cfg = config("once")
+    result = sft.main(cfg)
+    assert result["skipped"] == 1 and "SKIPPED step 3: " in capsys.readouterr().out and math.isfinite(result["loss"])
+    assert all(p.isfinite().all() for p in nano.read_checkpoint(cfg.out)["model"].values())
+    bad |= set(range(100))
+    one_line(sft.main, config("always", steps=20), match="step 10: 10 steps in a row")
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("text, right", [
-    ("1005", True), ("<think>\n7+8=15\n</think>\n1005", True), ("<think>\n1005\n</think>\n1004", False), ("#### 1005", True),
-    ("so it is #### 1005", True), ("1,005", True), ("$1,005.", True), ("$ 1005", True), ("7+8=15\n1005\n\n", True),
-    ("1005\nor so", False), ("#### 1005\n7", False), ("The answer is 1005", False), ("", False), ("\n", False), ("1004", False),
-    ("-1005", False), ("10 05", False), ("</think>", False), ("1005</think>", False), ("1005</think>1</think>1005", True),
-    ("1005 #### 3", False), ("1000+5", False), ("__import__('os')", False), ("1005.0", False)])
+    ("1005", True), ("<think>\n7+8=15\n</think>\n1005", True), ("<think>\n1005\n</think>\n1004", False),
+    ("#### 1005", True), ("so it is #### 1005", True), ("1005 #### 3", False), ("#### 1005\n7", False),
+    ("1,005", True), ("$1,005.", True), ("$ 1005", True), ("1005.0", False), ("-1005", False), ("10 05", False),
+    ("7+8=15\n1005\n\n", True), ("1005\nor so", False), ("The answer is 1005", False), ("1004", False),
+    ("", False), ("\n", False), ("</think>", False), ("1005</think>", False), ("1005</think>1</think>1005", True),
+    ("1000+5", False), ("__import__('os')", False)])
 def test_right_is_the_last_line_after_the_last_thought(text, right):
     assert sft.is_right(text, "1005") is right
 
@@ -1003,30 +1116,33 @@ TASKS = [dict(prompt=[dict(role="user", content=p["prompt"])], answer=p["answer"
 
 
 def ask(cfg, samples, temperature, batch=128):
-    rt = infra.setup(cfg)
-    return sft.answers(small_model(), BYTES, TASKS, "think", cfg, rt, samples, temperature, batch)
+    """-> (the answers, how many of them this rank wrote)."""
+    rt, wrote, generate = infra.setup(cfg), [], nano.generate
+    watched = lambda model, prompts, *a, **k: wrote.extend(prompts) or generate(model, prompts, *a, **k)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(nano, "generate", watched)
+        return sft.answers(small_model(), BYTES, TASKS, "think", cfg, rt, samples, temperature, batch), len(wrote)
 
 
 @pytest.mark.parametrize("samples, temperature", [(1, 0.0), (3, 1.0)])
 def test_answers_are_the_same_on_one_rank_and_two_and_in_batches_of_any_size(config, samples, temperature):
     cfg = dataclasses.replace(config(max_new_tokens=12), style="compact")
-    alone = ask(cfg, samples, temperature)
-    assert len(alone) == 5 and all(len(each) == samples for each in alone)
-    assert ask(cfg, samples, temperature) == ask(cfg, samples, temperature, batch=2) == alone
-    assert ranks(2, ask, cfg, samples, temperature) == [alone, alone]
-    texts = [a["text"] for each in alone for a in each]
-    assert len(set(texts)) > len(texts) / 2
-    assert (ask(dataclasses.replace(cfg, seed=1), samples, temperature) == alone) == (temperature == 0)
+    alone, n = ask(cfg, samples, temperature)
+    assert len(alone) == 5 and all(len(each) == samples for each in alone) and n == 5 * samples
+    assert ask(cfg, samples, temperature) == ask(cfg, samples, temperature, batch=2) == (alone, n)
+    assert ranks(2, ask, cfg, samples, temperature) == [(alone, -(-n // 2)), (alone, n // 2)]
+    assert len({a["text"] for each in alone for a in each}) > 1
+    assert (ask(dataclasses.replace(cfg, seed=1), samples, temperature)[0] == alone) == (temperature == 0)
 
 
 def test_an_answer_counts_its_end_and_one_that_is_cut_off_is_not_right(config, talk):
-    SAID_10 = sft.answers(small_model(), BYTES, TASKS[4:], "no_think", dataclasses.replace(config(), style="compact"), CPU, samples=4)
-    first, cut, _, _ = SAID_10[0]
+    cfg, m = dataclasses.replace(config(), style="compact"), small_model()
+    ((first, cut, _, _),) = sft.answers(m, BYTES, TASKS[4:], "no_think", cfg, CPU, samples=4)
     assert first == dict(text="10", tokens=3, finished=True, right=True)
     assert cut == dict(text="no idea", tokens=7, finished=False, right=False)
+    assert talk[0].endswith("<|im_start|>assistant\n<think>\n\n</think>\n") and m.training
     talk.clear()
-    assert not sft.answers(small_model(), BYTES, [dict(TASKS[4], answer="1000")], "think",
-                           dataclasses.replace(config(), style="compact"), CPU, samples=4)[0][2]["right"]
+    assert not sft.answers(m, BYTES, [dict(TASKS[4], answer="1000")], "think", cfg, CPU, samples=4)[0][2]["right"]
     assert talk[0].endswith("<|im_start|>assistant\n")
 
 
@@ -1034,12 +1150,13 @@ def test_accuracy_is_the_mean_over_samples_and_pass_at_k_asks_for_one(config, ta
     cfg = dataclasses.replace(config(), style="compact")
     items, given = sft.evaluate_tasks(small_model(), BYTES, TASKS, cfg, CPU, samples=4)
     for mode in ("think", "no_think"):
-        assert items[f"{mode} accuracy"] == [0.75, 1.0, 1.0, 0.25, 0.5] and items[f"{mode} pass@4"] == [1, 1, 1, 1, 1]
+        assert items[f"{mode} accuracy"] == [0.75, 1.0, 1.0, 0.0, 0.5] and items[f"{mode} pass@4"] == [1, 1, 1, 0, 1]
         assert sum(items[f"{mode} cut off"]) == 2 and len(items[f"{mode} cut off"]) == 20
-        assert items[f"{mode} tokens"] == [len(text.rstrip("…")) + (not text.endswith("…")) for said in SAID for text in said]
+        lengths = [len(text.rstrip("…")) + (not text.endswith("…")) for said in SAID for text in said]
+        assert items[f"{mode} tokens"] == lengths
     assert [a["text"] for a in given["think"][0]] == SAID[0]
-    items, _ = sft.evaluate_tasks(small_model(), BYTES, TASKS[:2], cfg, CPU)
-    assert items["think accuracy"] == [0.0, 1.0] and "think pass@1" not in items
+    items, _ = sft.evaluate_tasks(small_model(), BYTES, TASKS[3:], cfg, CPU)
+    assert items["think accuracy"] == [0.0, 0.0] and "think pass@1" not in items
 
 
 def test_multiple_choice_takes_the_likelier_text_per_character(config, monkeypatch):
@@ -1049,17 +1166,18 @@ def test_multiple_choice_takes_the_likelier_text_per_character(config, monkeypat
         seen.extend(rows)
         return torch.tensor([-4.0, -10.0, -6.0, -3.0, -4.0])     # per character -2, -1, -3 and -3, -2
     monkeypatch.setattr(sft, "logp_sums", logp_sums)
-    tasks = [dict(prompt=data.as_messages("Which?", "user"), choices=["ab", "long answer"[:10], "cd"], answer=1),
+    tasks = [dict(prompt=data.as_messages("Which?", "user"), choices=["ab", "ten signs_", "cd"], answer=1),
              dict(prompt=data.as_messages("And?", "user"), choices=["x", "yy"], answer=0)]
     items, _ = sft.evaluate_tasks(small_model(), BYTES, tasks, config(), CPU)
     assert items == {"multiple choice": [1.0, 0.0]}
-    assert [BYTES.decode(ids) for ids, _ in seen][:2] == ["Question: Which?\nAnswer: ab", "Question: Which?\nAnswer: long answe"]
-    assert [BYTES.decode([i for i, k in zip(*row) if k]) for row in seen] == [" ab", " long answe", " cd", " x", " yy"]
+    assert BYTES.decode(seen[1][0]) == "Question: Which?\nAnswer: ten signs_"
+    assert [BYTES.decode([i for i, k in zip(*row) if k]) for row in seen] == [" ab", " ten signs_", " cd", " x", " yy"]
 
 
 def test_bits_per_byte_and_choices_equal_a_computation_by_hand(config):
     m, texts = small_model(), ["Ünïcode, a text", "b"]
-    tasks = [dict(text=t) for t in texts] + [dict(prompt=data.as_messages("q", "user"), choices=["no", "yes!"], answer=k) for k in (0, 1)]
+    question = dict(prompt=data.as_messages("q", "user"), choices=["no", "yes!"])
+    tasks = [dict(text=t) for t in texts] + [question | dict(answer=k) for k in (0, 1)]
     items, _ = sft.evaluate_tasks(m, BYTES, tasks, config(), CPU)
     by_hand = []
     for text in texts:
@@ -1074,6 +1192,20 @@ def test_bits_per_byte_and_choices_equal_a_computation_by_hand(config):
     assert items["multiple choice"] == [float(best == 0), float(best == 1)]
 
 
+def test_a_text_longer_than_the_models_rows_is_read_in_windows_each_token_once(config):
+    m, text = small_model(max_position_embeddings=16), "Something much longer than sixteen bytes, with 3 windows."
+    ids, logps = [EOS, *text.encode()], []
+    for start in range(0, len(ids) - 1, 16):            # a window's first token was the last target of the one before
+        part = ids[start:start + 17]
+        logps.append(logp_by_hand(m, part, [1] * len(part)))
+    assert list(map(len, logps)) == [16, 16, 16, len(text) - 48]
+    items, _ = sft.evaluate_tasks(m, BYTES, [dict(text=text), dict(text="short")], config(), CPU)
+    bits = -float(torch.cat(logps).sum()) / math.log(2)
+    assert items["bits per byte"][0] == pytest.approx(bits / len(text), abs=1e-5)
+    alone, _ = sft.evaluate_tasks(m, BYTES, [dict(text="short")], config(), CPU)
+    assert items["bits per byte"][1] == pytest.approx(alone["bits per byte"][0], abs=1e-5)
+
+
 def test_sums_of_log_probs_do_not_depend_on_neighbours_or_on_how_many_go_at_once():
     m, examples = small_model(), [rendered(r) for r in normalized(chats())]
     expected = [float(logp_by_hand(m, *x).sum()) for x in examples]
@@ -1083,22 +1215,26 @@ def test_sums_of_log_probs_do_not_depend_on_neighbours_or_on_how_many_go_at_once
 
 def test_evaluation_compares_two_models_writes_their_answers_and_their_scores(place, config, tmp_path, capsys):
     checkpoint(tmp_path / "other", seed=1)
-    tasks = [*PROBLEMS, *(dict(text=f"text {i} and more") for i in range(6)), dict(question="?", choices=["a", "b"], answer="B")]
+    texts = [dict(text=f"text {i} and more") for i in range(6)]
+    tasks = [*PROBLEMS, *texts, dict(question="?", choices=["a", "b"], answer="B")]
     cfg = config("eval", stage="eval", data="", against=str(place / "base"), init=str(tmp_path / "other"),
                  tasks=write(tmp_path / "tasks.jsonl", tasks))
     result, table = sft.main(cfg), capsys.readouterr().out
-    assert list(result) == ["base", "other"] and json.loads((Path(cfg.out) / "scores.json").read_text()) == infra.finite(result)
+    assert list(result) == ["base", "other"]
+    assert json.loads((Path(cfg.out) / "scores.json").read_text()) == infra.finite(result)
     bpb = [[-float(logp_by_hand(nano.load_checkpoint(d)[0], ids, [1] * len(ids)).sum()) / math.log(2) / (len(ids) - 1)
-            for ids in ([EOS, *f"text {i} and more".encode()] for i in range(6))] for d in (cfg.against, cfg.init)]
+            for ids in ([EOS, *t["text"].encode()] for t in texts)] for d in (cfg.against, cfg.init)]
     difference = [b - a for a, b in zip(*bpb)]
     numbers = [(statistics.mean(x), statistics.stdev(x) / 6**0.5) for x in (*bpb, difference)]
     line = next(line for line in table.splitlines() if line.startswith("bits per byte"))
-    assert [float(x) for x in re.findall(r"-?\d+\.\d+", line)] == pytest.approx([x for pair in numbers for x in pair], abs=6e-4)
+    printed = [float(x) for x in re.findall(r"-?\d+\.\d+", line)]
+    assert printed == pytest.approx([x for pair in numbers for x in pair], abs=6e-4)
     assert re.match(r"bits per byte +6 ", line) and "difference" in table and re.search(r"\(median \d+, \d+\)", table)
-    assert result["other"]["bits per byte"] == dict(mean=pytest.approx(numbers[1][0]), stderr=pytest.approx(numbers[1][1]), items=6)
+    expected = dict(zip(("mean", "stderr"), numbers[1]), items=6)
+    assert result["other"]["bits per byte"] == pytest.approx(expected, abs=1e-5)
     assert result["base"]["multiple choice"]["items"] == 1 and math.isnan(result["base"]["multiple choice"]["stderr"])
     for name in ("base", "other"):
-        lines = [json.loads(line) for line in (Path(cfg.out) / f"{name}.jsonl").read_text(encoding="utf-8").splitlines()]
+        lines = [json.loads(line) for line in (Path(cfg.out) / f"{name}.jsonl").read_text("utf-8").splitlines()]
         assert [(x["mode"], x["prompt"][0]["content"]) for x in lines] == [
             (mode, p["prompt"]) for mode in ("think", "no_think") for p in PROBLEMS]
         assert all(x["answers"][0].keys() == {"text", "tokens", "finished", "right"} and x["answer"] for x in lines)
@@ -1108,23 +1244,19 @@ def test_evaluation_compares_two_models_writes_their_answers_and_their_scores(pl
 def test_evaluation_tells_two_directories_of_the_same_name_apart_and_samples_when_asked(config, tmp_path):
     for seed, folder in enumerate(("a/run", "b/run")):
         checkpoint(tmp_path / folder, seed)
-    cfg = config("eval", stage="eval", data="", against=str(tmp_path / "a/run"), init=str(tmp_path / "b/run"), samples=2,
-                 tasks=write(tmp_path / "tasks.jsonl", PROBLEMS[:2]), max_new_tokens=4)
+    cfg = config("eval", stage="eval", data="", against=str(tmp_path / "a/run"), init=str(tmp_path / "b/run"),
+                 samples=2, tasks=write(tmp_path / "tasks.jsonl", PROBLEMS[:2]), max_new_tokens=4)
     result = sft.main(cfg)
     assert len(result) == 2 and "run" in result and str(tmp_path / "b/run") in result
     assert result["run"]["think pass@2"]["items"] == 2 and result["run"]["think tokens"]["items"] == 4
     assert len(list(Path(cfg.out).glob("*.jsonl"))) == 2
 
 
-def evaluated(cfg):
-    return sft.main(cfg)
-
-
 def test_evaluation_gives_the_same_on_two_ranks(config, tmp_path, place):
     tasks = write(tmp_path / "tasks.jsonl", [*PROBLEMS, dict(text="some text"), dict(text="more of it")])
     one, two = (config(name, stage="eval", data="", tasks=tasks) for name in ("one", "two"))
     alone = sft.main(one)
-    for result in ranks(2, evaluated, two):
+    for result in ranks(2, sft.main, two):
         for score, numbers in alone["base"].items():
             assert result["base"][score] == pytest.approx(numbers, abs=1e-5), score
 
@@ -1134,9 +1266,11 @@ def test_a_runs_own_evaluation_has_the_scores_of_the_tasks_before_on_the_way_and
     result = sft.main(cfg)
     scores = [row["scores"] for row in rows(cfg) if "scores" in row]
     assert len(scores) == 3 and result["scores"] == scores[-1] and result["before"]["scores"] == scores[0]
-    assert scores[0]["think accuracy"] == 3 / 5 and scores[0]["no_think tokens (median)"] == 2     # of "15", "3", "6", "9", "10"
+    lengths = [len(SAID[i][i % 4]) + 1 for i in range(5)]
+    assert scores[0]["think accuracy"] == 4 / 5 and scores[0]["no_think tokens (median)"] == statistics.median(lengths)
+    assert scores[0]["think tokens"] == pytest.approx(statistics.mean(lengths)) != statistics.median(lengths)
     out = capsys.readouterr().out
-    assert "5 held-out problems" in out and re.search(r"think accuracy +0\.600 +0\.600", out)
+    assert "5 held-out problems" in out and re.search(r"think accuracy +0\.800 +0\.800", out)
 
 
 # --- merging ---------------------------------------------------------------------------------------------------------
@@ -1150,17 +1284,23 @@ def three(tmp_path):
 
 
 def merging(folder, models, **change):
-    models = ",".join(f"{folder / name}:{weight}" for name, weight in models)
-    return sft.Config(**dict(stage="merge", models=models, out=str(folder / "merged"), device="cpu", dtype="float32") | change)
+    """models: (name, weight) each, or what --models gets."""
+    models = models if isinstance(models, str) else ",".join(f"{folder / name}:{weight}" for name, weight in models)
+    return sft.Config(**dict(stage="merge", models=models, out=str(folder / "merged"), device="cpu") | change)
+
+
+def weights(folder):
+    return nano.load_checkpoint(folder)[0].state_dict()
 
 
 def test_merging_is_the_weighted_sum_of_all_parameters(three, capsys):
     sft.main(merging(three, [("a", 0.9), ("b", 0.1)]))
     merged, extra = nano.load_checkpoint(three / "merged")
-    a, b = (nano.load_checkpoint(three / name)[0].state_dict() for name in "ab")
+    a, b = weights(three / "a"), weights(three / "b")
     for n, p in merged.state_dict().items():
-        assert torch.equal(p, 0.1 * b[n] + 0.9 * a[n]) or (p.double() - (0.9 * a[n].double() + 0.1 * b[n].double())).abs().max() < 1e-7, n
-    assert "0.9 x " in capsys.readouterr().out and extra["stage"] == "merge" and extra["train_config"]["style"] == "chatml"
+        assert torch.equal(p, 0.9 * a[n] + 0.1 * b[n]), n
+    assert "0.9 x " in capsys.readouterr().out
+    assert extra["stage"] == "merge" and extra["train_config"]["style"] == "chatml"
     assert not extra["optimizer"] and extra["tokenizer"] == "bytes"
 
 
@@ -1168,7 +1308,7 @@ def test_merging_with_weight_one_copies_and_three_models_and_extrapolation_work(
     sft.main(merging(three, [("a", 1.0), ("b", 0.0)], out=str(three / "copy")))
     sft.main(merging(three, [("a", 0.5), ("b", 0.25), ("c", 0.25)], out=str(three / "three")))
     sft.main(merging(three, [("a", 1.5), ("b", -0.5)], out=str(three / "beyond")))
-    a, b, c, copied, mixed, beyond = (nano.load_checkpoint(three / n)[0].state_dict() for n in ("a", "b", "c", "copy", "three", "beyond"))
+    a, b, c, copied, mixed, beyond = (weights(three / name) for name in ("a", "b", "c", "copy", "three", "beyond"))
     for n in a:
         assert torch.equal(copied[n], a[n]) and torch.allclose(beyond[n], 1.5 * a[n] - 0.5 * b[n], atol=1e-6)
         assert torch.allclose(mixed[n], 0.5 * a[n] + 0.25 * b[n] + 0.25 * c[n], atol=1e-6)
@@ -1176,33 +1316,36 @@ def test_merging_with_weight_one_copies_and_three_models_and_extrapolation_work(
 
 def test_what_cannot_be_merged_is_one_line(three):
     checkpoint(three / "wide", num_hidden_layers=1), checkpoint(three / "gpt2", tokenizer="gpt2")
-    for models, message in (([("a", 0.9), ("b", 0.2)], "weights that add up to 1 expected"), ([("a", "x")], "DIR:WEIGHT,DIR:WEIGHT"),
-                            ([("a", 0.5), ("wide", 0.5)], "wide: another shape or tokenizer than .*a$"),
-                            ([("a", 0.5), ("gpt2", 0.5)], "gpt2: another shape or tokenizer"),
-                            ([("a", 0.5), ("nowhere", 0.5)], "nowhere: no checkpoint")):
+    for models, message in (
+            ([("a", 0.9), ("b", 0.2)], "weights that add up to 1 expected"), ([("a", "x")], "DIR:WEIGHT,DIR:WEIGHT"),
+            ([("a", 0.5), ("wide", 0.5)], "wide: another shape or tokenizer than .*a$"),
+            ([("a", 0.5), ("gpt2", 0.5)], "gpt2: another shape or tokenizer"),
+            ([("a", 0.5), ("nowhere", 0.5)], "nowhere: no checkpoint")):
         one_line(sft.main, merging(three, models), match=message)
-    one_line(sft.main, merging(three, [], models=""), match="--models=: DIR:WEIGHT")
-    one_line(sft.main, merging(three, [], models=str(three / "a")), match="DIR:WEIGHT,DIR:WEIGHT")
+    for spec in ("", str(three / "a"), f"{three / 'a'}:1,"):
+        one_line(sft.main, merging(three, spec), match="--models=.*: DIR:WEIGHT,DIR:WEIGHT,... expected")
     assert not nano.checkpoints(three / "merged")
 
 
 def test_merging_into_a_run_is_refused_and_overwrite_replaces_it(three):
     before = nano.checkpoints(three / "c")[0].read_bytes()
-    one_line(sft.main, merging(three, [("a", 0.5), ("b", 0.5)], out=str(three / "c")), match="c: holds a checkpoint: --overwrite")
+    cfg = merging(three, [("a", 0.5), ("b", 0.5)], out=str(three / "c"))
+    one_line(sft.main, cfg, match="c: holds a checkpoint: --overwrite")
     assert nano.checkpoints(three / "c")[0].read_bytes() == before
     checkpoint(three / "c", 4, step=40)                 # now two that are newer than what is merged
-    sft.main(merging(three, [("a", 0.5), ("b", 0.5)], out=str(three / "c"), overwrite=True))
+    sft.main(dataclasses.replace(cfg, overwrite=True))
     (path,) = nano.checkpoints(three / "c")
-    a, b, c = (nano.load_checkpoint(three / n)[0].state_dict() for n in "abc")
+    a, b, c = (weights(three / name) for name in "abc")
     assert all(torch.allclose(c[n], (a[n] + b[n]) / 2, atol=1e-7) for n in a)
 
 
-def test_merging_folds_adapters(config, place):
+def test_merging_folds_adapters(config, tmp_path):
     cfg = config("lora", lora_rank=4, grad_clip=1.0)
     sft.main(cfg)
-    sft.main(sft.Config(stage="merge", models=f"{cfg.out}:0.25,{cfg.init}:0.75", out=str(Path(cfg.out).parent / "merged")))
-    a, b, c = (nano.load_checkpoint(x)[0].state_dict() for x in (cfg.out, cfg.init, Path(cfg.out).parent / "merged"))
-    assert all(torch.allclose(c[n], 0.25 * a[n] + 0.75 * b[n], atol=1e-6) for n in a) and any((a[n] != c[n]).any() for n in a)
+    sft.main(merging(tmp_path, f"{cfg.out}:0.25,{cfg.init}:0.75"))
+    a, b, c = weights(cfg.out), weights(cfg.init), weights(tmp_path / "merged")
+    assert all(torch.allclose(c[n], 0.25 * a[n] + 0.75 * b[n], atol=1e-6) for n in a)
+    assert any((a[n] != c[n]).any() for n in a)
 
 
 # --- main without anything -------------------------------------------------------------------------------------------
@@ -1212,8 +1355,8 @@ def tiny(monkeypatch, tmp_path):
     """An empty directory, and so few sums that main() is quick."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sft, "SUMS", 40), monkeypatch.setattr(sft, "PROBLEMS", 3), monkeypatch.setattr(sft, "SELF", 2)
-    monkeypatch.setattr(nano.Config, "__init__", lambda self, **change: vars(self).update(
-        {f.name: f.default for f in dataclasses.fields(nano.Config)} | dict(SHAPE, max_position_embeddings=256) | change))
+    default = {f.name: f.default for f in dataclasses.fields(nano.Config)} | dict(SHAPE, max_position_embeddings=256)
+    monkeypatch.setattr(nano.Config, "__init__", lambda self, **change: vars(self).update(default | change))
     pairs_made = data.sum_pairs(6)
     monkeypatch.setattr(data, "sum_pairs", lambda n: pairs_made)
 
@@ -1222,7 +1365,7 @@ def test_without_a_checkpoint_it_starts_from_a_random_model_and_says_so_loudly(t
     quick = dict(steps=2, batch=2, max_new_tokens=6, device="cpu", dtype="float32")
     result, out = sft.main(sft.Config(**quick)), capsys.readouterr().out
     assert "!!! no checkpoint in out/base: starting from a small model that knows nothing" in out
-    assert {"think accuracy", "no_think accuracy", "think tokens (median)"} <= result["scores"].keys() and result["step"] == 2
+    assert {"think accuracy", "no_think accuracy", "think tokens (median)"} <= result["scores"].keys()
     assert re.search(r"3 held-out problems +before +after\n", out) and "wrote out/sft" in out
     assert "/think" in out and "/no_think" in out and nano.read_checkpoint("out/sft")["stage"] == "sft"
     sft.main(sft.Config(stage="apo", pairs="sums", **quick))                # finds out/sft
@@ -1232,6 +1375,16 @@ def test_without_a_checkpoint_it_starts_from_a_random_model_and_says_so_loudly(t
     assert Path("out/eval/scores.json").exists() and Path("out/eval/apo.jsonl").exists()
     sft.main(sft.Config(stage="merge", models="out/apo:0.9,out/sft:0.1", device="cpu"))
     assert nano.read_checkpoint("out/merge")["stage"] == "merge"
+
+
+def test_a_run_from_a_random_model_is_resumed_as_any_other(tiny, capsys):
+    cfg = sft.Config(steps=4, batch=2, max_new_tokens=6, device="cpu", dtype="float32", out="out/stopped")
+    stopped_run(cfg, 2)
+    capsys.readouterr()
+    sft.main(resumed(cfg))
+    assert "!!!" not in capsys.readouterr().out
+    sft.main(dataclasses.replace(cfg, out="out/undisturbed"))
+    assert_same_state("out/stopped", "out/undisturbed")
 
 
 def test_a_named_checkpoint_that_is_not_there_is_one_line(tiny, config):
@@ -1248,23 +1401,27 @@ def test_a_model_that_makes_no_pairs_of_its_own_is_told_so(tiny, capsys):
 # --- settings --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("change, message", [
-    (dict(stage="dpo"), "--stage=dpo: sft, apo, eval or merge expected"), (dict(style="llama"), "--style=llama: compact, smollm3 or chatml"),
-    (dict(loss_on="user"), "--loss_on=user: assistant or all"), (dict(loss_type="hinge"), "--loss_type=hinge: apo_zero, apo_down"),
+    (dict(stage="dpo"), "--stage=dpo: sft, apo, eval or merge expected"),
+    (dict(style="llama"), "--style=llama: compact, smollm3 or chatml expected"),
+    (dict(loss_on="user"), "--loss_on=user: assistant or all"), (dict(packing="ffd"), "--packing=ffd: bfd, longest"),
+    (dict(loss_type="hinge"), "--loss_type=hinge: apo_zero, apo_down, sigmoid or ipo expected"),
     (dict(pairs="mine"), "--pairs=mine: self or sums"), (dict(optimizer="sgd"), "--optimizer=sgd: muon or adamw"),
     (dict(log_every=0), "at least 1"), (dict(eval_every=0), "at least 1"), (dict(save_every=-1), "at least 1"),
     (dict(max_length=0), "--max_length"), (dict(samples=0), "--samples"), (dict(max_new_tokens=0), "--max_new_tokens"),
     (dict(steps=-1), "--steps or --epochs"), (dict(steps=0, epochs=0.0), "--steps or --epochs: more than 0"),
-    (dict(lr=-1.0), "--lr.*more than 0"), (dict(grad_clip=0.0), "grad_clip"), (dict(beta=0.0), "--beta: more than 0"),
-    (dict(warmup=1.5), "--warmup.*0 to 1"), (dict(warmup=-0.1), "--warmup"), (dict(val_fraction=1.0), "--val_fraction: 0 to 1"),
-    (dict(val_fraction=-0.1), "--val_fraction"), (dict(lora_rank=-1), "--lora_rank: 0 or more"),
-    (dict(lora_rank=2, lora_dropout=1.0), "--lora_dropout: 0 to 1"), (dict(merge=True), "--merge: --lora_rank expected"),
-    (dict(micro_batch=3), "--micro_batch=3: a divisor of the step's 4 rows"), (dict(micro_batch=-1), "--micro_batch=-1"),
-    (dict(micro_batch=8), "--micro_batch=8"), (dict(batch=-4), "--batch=-4"), (dict(resume=True, overwrite=True), "one of them expected"),
+    (dict(lr=-1.0), "--lr.*more than 0"), (dict(grad_clip=0.0), "grad_clip"), (dict(beta=0.0), "--beta=0.0: more than 0"),
+    (dict(warmup=1.5), "--warmup.*0 to 1"), (dict(warmup=-0.1), "--warmup"),
+    (dict(val_fraction=-0.1), "--val_fraction"), (dict(val_fraction=1.0), "--val_fraction: 0 to 1"),
+    (dict(lora_rank=-1), "--lora_rank: 0 or more"),
+    (dict(lora_rank=2, lora_dropout=1.0), "--lora_dropout: 0 to 1"), (dict(merge=True), "--merge: --lora_rank"),
+    (dict(micro_batch=3), "--micro_batch=3: a divisor of the step's 4 rows"), (dict(batch=-4), "--batch=-4"),
+    (dict(micro_batch=8), "--micro_batch=8"), (dict(micro_batch=-1), "--micro_batch=-1"),
+    (dict(resume=True, overwrite=True), "--resume and --overwrite: one of them expected"),
     (dict(tasks="/nowhere/x.jsonl"), "/nowhere/x.jsonl"), (dict(init="/nowhere"), "/nowhere: no checkpoint"),
-    (dict(seed=-1), "--seed=-1"), (dict(dtype="float16"), "--dtype=float16"), (dict(device="toaster"), "--device=toaster"),
-    (dict(stage="eval", data="", samples=0), "--samples"), (dict(stage="eval", data="", max_new_tokens=0), "--max_new_tokens"),
-    (dict(stage="eval", data="", style="llama"), "--style=llama"), (dict(stage="eval", data="", tasks="/nowhere/x.jsonl"), "/nowhere/x")],
-    ids=str)
+    (dict(seed=-1), "--seed=-1"), (dict(dtype="float16"), "--dtype=float16"), (dict(device="x"), "--device=x"),
+    (dict(stage="eval", data="", samples=0), "--samples"), (dict(stage="eval", data="", style="x"), "--style=x"),
+    (dict(stage="eval", data="", max_new_tokens=0), "--max_new_tokens"),
+    (dict(stage="eval", data="", tasks="/nowhere/x.jsonl"), "/nowhere/x.jsonl")], ids=str)
 def test_bad_settings_end_with_one_line(config, change, message):
     cfg = config(**change)
     one_line(sft.main, cfg, match=message)
@@ -1287,20 +1444,31 @@ def test_a_batch_that_replicas_cannot_share_and_a_merge_on_two_processes_are_one
 def test_defaults_follow_the_stage():
     for stage, batch, lr in (("sft", 16, 2e-3), ("apo", 32, 1e-4)):
         cfg = sft.check(sft.Config(stage=stage), CPU)
-        assert (cfg.batch, cfg.lr, cfg.out) == (batch, lr, f"out/{stage}") and re.match(r"\d\d \w+ \d{4}$", cfg.date)
+        assert (cfg.batch, cfg.lr, cfg.out) == (batch, lr, f"out/{stage}")
         cfg = sft.check(sft.Config(stage=stage, batch=8, lr=1.0, out="x", date="today"), CPU)
         assert (cfg.batch, cfg.lr, cfg.out, cfg.date) == (8, 1.0, "x", "today")
-    assert sft.check(sft.Config(stage="eval"), CPU).init == "out/apo" and sft.check(sft.Config(stage="merge"), CPU).out == "out/merge"
+    assert sft.check(sft.Config(stage="eval"), CPU).init == "out/apo"
+    assert sft.check(sft.Config(stage="merge"), CPU).out == "out/merge"
 
 
-@pytest.mark.parametrize("name, stage, recipe", [      # alignment-handbook 925acdf, recipes/smollm3: sft/mid, sft/sft, dpo/apo
-    ("mid", "sft", dict(lr=2e-5, epochs=5, batch=128, max_length=32768, warmup=0.03, grad_clip=0.2, style="chatml", loss_on="all")),
-    ("sft", "sft", dict(lr=2e-5, epochs=5, batch=128, max_length=65536, warmup=0.03, grad_clip=0.2, style="smollm3", loss_on="assistant")),
-    ("apo", "apo", dict(lr=1e-6, epochs=1, batch=32, max_length=24576, warmup=0.1, grad_clip=0.2, beta=0.05, loss_type="apo_zero"))])
-def test_presets_are_smollm3s_recipes(name, stage, recipe):
-    cfg = infra.cli(sft.Config, sft.PRESETS, [name])
-    assert {k: getattr(cfg, k) for k in recipe} == recipe and cfg.stage == stage and cfg.optimizer == "adamw" and cfg.packing == "bfd"
-    assert sft.check(cfg, CPU).schedule == "cosine" and not cfg.lora_rank
+def test_held_out_sums_are_asked_for_unless_a_run_has_data_of_its_own(monkeypatch):
+    monkeypatch.setattr(sft, "PROBLEMS", 7)
+    asked = [len(sft.load_tasks(sft.Config(**change))) for change in ({}, dict(data="x"), dict(data="x", stage="eval"))]
+    assert asked == [7, 0, 7] and sft.load_tasks(sft.Config()) == data.sum_problems(7)
+
+
+SMOLLM3 = dict(optimizer="adamw", packing="bfd", grad_clip=0.2, lora_rank=0, loss_on="assistant", loss_type="apo_zero")
+
+
+@pytest.mark.parametrize("name, recipe", [      # alignment-handbook 925acdf, recipes/smollm3: sft/mid, sft/sft, dpo/apo
+    ("mid", dict(stage="sft", lr=2e-5, epochs=5, batch=128, max_length=2**15, warmup=0.03, style="chatml",
+                 loss_on="all")),
+    ("sft", dict(stage="sft", lr=2e-5, epochs=5, batch=128, max_length=2**16, warmup=0.03, style="smollm3")),
+    ("apo", dict(stage="apo", lr=1e-6, epochs=1, batch=32, max_length=24576, warmup=0.1, beta=0.05))])
+def test_presets_are_smollm3s_recipes(name, recipe):
+    cfg = sft.check(infra.cli(sft.Config, sft.PRESETS, [name]), CPU)
+    assert {k: getattr(cfg, k) for k in SMOLLM3 | recipe} == SMOLLM3 | recipe
+    assert cfg.schedule == "cosine" and cfg.weight_decay == 0.0
 
 
 def test_presets_have_no_other_names():
