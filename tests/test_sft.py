@@ -518,19 +518,24 @@ def test_rows_of_every_format_are_kept_held_out_or_counted_as_dropped(config, tm
         text=lambda i: dict(text=f"some text, {i}"), empty=lambda i: dict(messages=[]),
         unanswered=lambda i: dict(messages=[dict(role="user", content=f"q {i}")]))
     for name, make in formats.items():
-        write(tmp_path / f"{name}.jsonl", map(make, range(20)))
-    run = begin(config(data=",".join(str(tmp_path / f"{name}.jsonl") for name in formats), val_fraction=0.3, steps=1))
+        write(tmp_path / f"{name}.jsonl", map(make, range(200)))
+    cfg = config(data=",".join(str(tmp_path / f"{name}.jsonl") for name in formats), val_fraction=0.3, steps=20)
+    run = begin(cfg)
     table, shares, total = capsys.readouterr().out, [], 0
     for name in formats:
         kept, held, tokens, trained, share, rest = re.search(
             rf"^{name} +(\d+) +(\d+) +([\d,]+) +([\d,]+) +([\d.]+)%(.*)$", table, re.M).groups()
         dropped = sum(int(n) for n in re.findall(r"dropped (\d+)", rest))
-        assert int(kept) + int(held) + dropped == 20 and dropped == 20 * (name in ("empty", "unanswered")), name
-        shares.append(float(share)), int(tokens) >= int(trained)
+        assert int(kept) + int(held) + dropped == 200 and dropped == 200 * (name in ("empty", "unanswered")), name
+        shares.append(float(share))
+        assert int(tokens.replace(",", "")) >= int(trained.replace(",", ""))
         total += int(kept)
-    assert sum(shares) == pytest.approx(100, abs=0.5) and 0 < len(run.held) < 60
+    assert sum(shares) == pytest.approx(100, abs=0.5) and 0 < len(run.held) < 600
     assert sum(len(row) for row in run.examples) == total
-    assert "dropped 20: no messages" in table and "dropped 20: no trained token within max_length" in table
+    assert "dropped 200: no messages" in table and "dropped 200: no trained token within max_length" in table
+    run.locked.close()
+    result = sft.main(cfg)
+    assert result["step"] == 20 and math.isfinite(result["val_loss"]) and result["skipped"] == 0
 
 
 def test_a_text_is_trained_whole_with_its_end(config):
