@@ -34,7 +34,7 @@ class Config(Machine):
     date: str = ""                 # "Today Date" of style smollm3; default: today
     loss_on: str = "assistant"     # assistant, or all (mid-training: the prompts too)
     max_length: int = 256          # tokens in a row; longer examples are cut
-    packing: str = "bfd"           # best-fit decreasing; or one example in a row, padded to the "longest" of the step or max_length
+    packing: str = "bfd"           # bfd (best-fit decreasing), or one example a row: longest (padded to it), max_length
     val_fraction: float = 0.02     # held out, by the first message that is no system message
     pairs: str = "self"            # apo without --data of pairs: self (sampled, split by the verifier), or sums (demonstrated)
     # optimization
@@ -471,14 +471,14 @@ def validate(run):
             said = [f"held-out pairs {float(loss):.4f}, margin {fields['val_rewards/margins']:.3f}"]
         else:
             flat = [x for example in run.held for x in example]
-            fields = dict(val_loss=-float(logp_sums(run.model, flat, rt).sum()) / sum(sum(mask[1:]) for _, mask in flat))
-            said = [f"held-out loss {fields['val_loss']:.4f}"]
+            nll, count = -float(logp_sums(run.model, flat, rt).sum()), sum(sum(mask[1:]) for _, mask in flat)
+            fields, said = dict(val_loss=nll / count), [f"held-out loss {nll / count:.4f}"]
         run.model.train()
     if run.tasks:
         items, _ = evaluate_tasks(run.model, run.tokenizer, run.tasks, cfg, rt)
         fields["scores"] = {score: mean(v)[0] for score, v in items.items()}
         fields["scores"] |= {f"{s} (median)": statistics.median(v) for s, v in items.items() if s.endswith("tokens")}
-        said += [f"{s} {v:.3f}" for s, v in fields["scores"].items() if "accuracy" in s or s in ("multiple choice", "bits per byte")]
+        said += [f"{s} {v:.3f}" for s, v in fields["scores"].items() if "tokens" not in s and "cut off" not in s]
     run.log.say(f"eval {run.step}: " + " | ".join(said or ["nothing is held out"]))
     return fields
 
@@ -612,21 +612,32 @@ def begin(cfg, rt):
     run = train.start(cfg, rt, model, extra if resuming else {}, locked, cfg.stage, train.data_parallel(model, rt, rows, T),
                       lora=lora, tokenizer=tokenizer, tasks=tasks, examples=examples, held=held)
     run.samples = lambda: f"rows {run.consumed} to {run.consumed + cfg.batch - 1} of the run's order"
-    crc = 0
-    for x in (x for example in examples for x in example):
-        crc = zlib.crc32(np.array(x, np.int32), crc)
-    if run.monitor.setdefault("data", crc) != crc:
+    if run.monitor.setdefault("data", fingerprint(examples)) != fingerprint(examples):
         raise SystemExit(f"--resume: {cfg.out} was trained on other examples: the same --data and --max_length expected")
     if cfg.stage == "apo":
         if not resuming:
             run.monitor["reference"] = logp_sums(model, [x for pair in examples + held for x in pair], rt).view(-1, 2)
         run.reference, run.held_reference = run.monitor["reference"].split([len(examples), len(held)])
-    trained = sum(p.numel() * (rt.tp_size if p.tp_dim is not None else 1) for p in model.parameters() if p.requires_grad)
-    run.log.say(f"{nano.num_params(model.config):,} parameters, {trained:,} of them trained here, {cfg.steps:,} steps of {cfg.batch} "
-                f"{'pairs' if cfg.stage == 'apo' else f'rows of {cfg.max_length}'} | {rt.name}, {str(rt.dtype)[6:]} | template {cfg.style}"
-                + f" | {rt.dp_size} data-parallel x {rt.tp_size} tensor-parallel" * (rt.world_size > 1)
-                + f" | resuming after step {run.step}" * resuming)
+    run.log.say(headline(run) + f" | resuming after step {run.step}" * resuming)
     return run
+
+
+def headline(run):
+    """What is trained, on what, where."""
+    cfg, rt, model = run.cfg, run.rt, run.model
+    trained = sum(p.numel() * (rt.tp_size if p.tp_dim is not None else 1) for p in model.parameters() if p.requires_grad)
+    what = "pairs" if cfg.stage == "apo" else f"rows of {cfg.max_length}"
+    return (f"{nano.num_params(model.config):,} parameters and {trained:,} trained, {cfg.steps:,} steps of {cfg.batch} {what}"
+            f" | {rt.name}, {str(rt.dtype)[6:]} | template {cfg.style}"
+            + f" | {rt.dp_size} data-parallel x {rt.tp_size} tensor-parallel" * (rt.world_size > 1))
+
+
+def fingerprint(examples):
+    """One number that tells other data, or another order of them."""
+    crc = 0
+    for x in (x for example in examples for x in example):
+        crc = zlib.crc32(np.array(x, np.int32), crc)
+    return crc
 
 
 def next_batch(run):
@@ -654,7 +665,7 @@ def main(cfg):
         run.monitor["before"] = validate(run)
         log.row(step=run.step, tokens=0, seconds=0.0, **run.monitor["before"])
         log.clock = time.perf_counter()
-    logged, since, trained, places = time.perf_counter(), run.step, 0, 0
+    logged, trained, places = time.perf_counter(), 0, 0
     start, bad, stopping, loss = logged - run.seconds, 0, False, math.nan
     with Stop() as stop:
         while run.step < cfg.steps and not stopping:
@@ -676,10 +687,12 @@ def main(cfg):
             if run.step % cfg.log_every == 0 or run.step in (1, cfg.steps) or stopping:
                 took = time.perf_counter() - logged
                 metrics = dict(zip(metrics, values))
-                line = f"loss {loss:.4f} | lr {lr:.1e} | grad {norm:.2f} | {trained / took / 1000:.2f}k trained tok/s of "
-                line += f"{places / took / 1000:.1f}k" + "".join(f" | {k[8:]} {v:.3f}" for k, v in metrics.items() if "rewards" in k)
-                log.row(line, step=run.step, loss=loss, lr=lr, grad_norm=norm, tok_per_s=places / took, seconds=run.seconds,
-                        trained_tok_per_s=trained / took, tokens=run.consumed * cfg.max_length, skipped=run.skipped, **metrics)
+                line = f"loss {loss:.4f} | lr {lr:.1e} | grad {norm:.2f} | {places / took / 1000:.1f}k tok/s, of which "
+                line += f"{trained / took / 1000:.2f}k trained"
+                line += "".join(f" | {k.removeprefix('rewards/')} {v:.3f}" for k, v in metrics.items() if "rewards" in k)
+                log.row(line, step=run.step, tokens=run.consumed * cfg.max_length, loss=loss, lr=lr, grad_norm=norm,
+                        tok_per_s=places / took, trained_tok_per_s=trained / took, seconds=run.seconds, skipped=run.skipped,
+                        **metrics)
                 logged, trained, places = time.perf_counter(), 0, 0
             if run.step % cfg.eval_every == 0 and run.step < cfg.steps and not stopping:
                 paused = time.perf_counter()
