@@ -52,7 +52,7 @@ class Config(Machine):
     lora_targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # matrices that get one
     merge: bool = False            # write the adapters folded into the model at the end
     loss_type: str = "apo_zero"    # apo_zero, apo_down, sigmoid (DPO), ipo
-    beta: float = 0.1              # larger: stay closer to the reference (the playbook's prose has it the other way round)
+    beta: float = 1.0              # larger: closer to the reference (the playbook has it reversed); 0.05 to 0.5 for long answers
     # evaluation, merging
     tasks: str = ""                # JSONL: prompt + answer, GSM8K, question + choices + answer, text; default: held-out sums
     against: str = ""              # eval: second checkpoint, for the paired difference
