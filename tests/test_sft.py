@@ -348,7 +348,7 @@ def test_a_step_on_pairs_has_trls_loss_metrics_and_gradients(dpo, config, loss_t
             zip(batch["input_ids"], batch["completion_mask"], batch["attention_mask"].sum(1).tolist())]
     examples = [real[i + half] for i in range(6) for half in (0, 6)]    # theirs: first all chosen, then all rejected
     ref = sft.logp_sums(reference, examples, CPU).view(-1, 2)
-    cfg = config(stage="apo", batch=6, loss_type=loss_type, micro_batch=micro_batch)
+    cfg = config(stage="apo", batch=6, loss_type=loss_type, beta=0.1, micro_batch=micro_batch)
     run, ours = SimpleNamespace(replica=policy, cfg=cfg, rt=CPU), data.chat_batch([[x] for x in examples], 63)
     loss, metrics = sft.learn_pairs(run, (ours, ref))
     assert float(loss) == pytest.approx(theirs.item(), abs=1e-5, rel=1e-6)
