@@ -670,13 +670,12 @@ def render(messages, mode="think", style="compact", tools=None, date=None, add_g
         if given not in known:
             raise ValueError(f"{what} {given!r}: expected {' or '.join(known)}")
     check_messages(messages)
-    special = (tokenizer or get_tokenizer("bytes")).special
-    start, end, think, thought = (special[s] for s in ("<|im_start|>", "<|im_end|>", "<think>", "</think>"))
-    encode, ids, mask = (tokenizer or get_tokenizer("bytes")).encode, [], []
+    tokenizer, ids, mask = tokenizer or get_tokenizer("bytes"), [], []
+    start, end, think, thought = (tokenizer.special[s] for s in ("<|im_start|>", "<|im_end|>", "<think>", "</think>"))
 
     def put(trained, *parts):
         for part in parts:
-            new = [part] if isinstance(part, int) else encode(part)
+            new = [part] if isinstance(part, int) else tokenizer.encode(part)
             ids.extend(new)
             mask.extend([int(trained or loss_on == "all")] * len(new))
 

@@ -608,7 +608,8 @@ def read_checkpoint(directory, fold=True):
                     raise ValueError("checksum error")
                 crc = zlib.crc32(repr([i.CRC for i in z.infolist()]).encode())
             state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # ranks of a machine share the memory
-            state.update(path=str(path), crc=crc, model_config=Config(**state["model_config"]), model=state["model"])
+            state |= dict(path=str(path), crc=crc, model_config=Config(**state["model_config"]))
+            state["model"]  # without one it is none of ours
             break
         except Exception as e:  # truncated, corrupt, foreign: half a dozen exception types
             print(f"WARNING: {path} is no readable checkpoint ({type(e).__name__}: {str(e)[:80]})", file=sys.stderr)

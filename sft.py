@@ -190,8 +190,8 @@ def learn_pairs(run, batch):
         (part * rt.dp_size).backward()
         total = total + part.detach()
         for name, value in values.items():
-            metrics[name] = metrics.get(name, 0.0) + float(value.sum()) / cfg.batch
-    return total, metrics
+            metrics[name] = metrics.get(name, 0.0) + value.sum() / cfg.batch
+    return total, {name: float(value) for name, value in metrics.items()}  # the device is waited for once, at the end
 
 
 @torch.no_grad()
@@ -284,6 +284,7 @@ def read_all(flag, spec):
 
 
 def is_problem(row):
+    """A question with one exact answer."""
     return "answer" in row and "choices" not in row
 
 

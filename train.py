@@ -434,8 +434,8 @@ def start(cfg, rt, model, extra, locked, stage, replica, lora=None, **more):
     cfg.out is its own. `more` are fields that its loop wants besides."""
     out = Path(cfg.out)
     run = SimpleNamespace(cfg=cfg, rt=rt, out=out, locked=locked, stage=stage, model=model, replica=replica, lora=lora,
-                          monitor={}, optimizers=make_optimizers(model, cfg), step=0, consumed=0, norms=deque(maxlen=100), skipped=0,
-                          seconds=0.0, **more)
+                          optimizers=make_optimizers(model, cfg), step=0, consumed=0, norms=deque(maxlen=100), skipped=0,
+                          seconds=0.0, monitor={}, **more)
     if extra:
         load_optimizer_state(model, run.optimizers, extra["optimizer"])
         run.step, run.consumed = extra["step"], extra["consumed_samples"]
