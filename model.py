@@ -21,6 +21,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from infra import Machine, atomic, cli, launch, peak_memory, setup
 
@@ -344,14 +345,14 @@ class Transformer(nn.Module):
             if p.dim() == 2:
                 nn.init.normal_(p, std=config.initializer_range)
 
-    def forward(self, ids, doc_ids=None, targets=None, reduction="sum"):
+    def forward(self, ids, doc_ids=None, targets=None, reduction="sum", temperature=1.0):
         """ids (B, T) -> logits (B, T, V), float32.
 
         doc_ids (B, T), any integers: tokens see only their own document (rows hold several, packed end to end).
         targets (B, T), -100 = not counted: instead of logits return two sums over the counted tokens, (nll, z):
         -log p(target) in nats, and logsumexp², the z-loss (PaLM, arXiv 2204.02311) that keeps logits from drifting.
         Sums, not means: only the caller knows how many tokens the whole step has. reduction "none": instead of the sums
-        log p(target) (B, T), 0 where it is not counted, for those who need them token by token or row by row.
+        log p(target) at `temperature`, (B, T), 0 where it is not counted: for losses by token or by row.
         """
         x = self.embed_tokens(ids, self.compute_dtype)
         rope, masks = self.rope(torch.arange(ids.shape[1], device=ids.device)), self.masks(x, doc_ids)
@@ -359,7 +360,7 @@ class Transformer(nn.Module):
             x = layer(x, rope, masks)
         if targets is None:
             return self.logits(x)
-        return self.loss_sums(x, targets) if reduction == "sum" else self.logps(x, targets)[0]
+        return self.loss_sums(x, targets) if reduction == "sum" else self.counted_logps(x, targets, temperature)
 
     def rope(self, positions):
         """positions (T,) or (B, T) -> cos, sin (.., 1, D). Angles need float32: bf16 cannot tell 60,000 from 60,001."""
@@ -394,9 +395,10 @@ class Transformer(nn.Module):
         logp, lse = self.logps(x, targets)
         return -logp.sum(), lse.square().sum()
 
-    def logps(self, x, targets):
-        """log p(target) and the logsumexp of the logits, both (B, T) and 0 where targets are -100."""
+    def logps(self, x, targets, temperature=1.0):
+        """log p(target) and the logsumexp of the logits, both of targets' shape and 0 where those are -100."""
         logits, counted = self.own_logits(x), targets != -100
+        logits = logits if temperature == 1 else logits / temperature
         at, mine = self.embed_tokens.mine(targets)
         picked = logits.gather(-1, at[..., None])[..., 0]
         lse = picked - logits.log_softmax(dim=-1).gather(-1, at[..., None])[..., 0]  # log p = logit - logsumexp
@@ -407,6 +409,16 @@ class Transformer(nn.Module):
             total, target = tp_sum(torch.stack(((lse - top).exp(), target)), self.tp)
             lse = top + total.log()  # the true one: the z-loss of a logsumexp without `top` would not see logits grow
         return (target - lse).masked_fill(~counted, 0), lse.masked_fill(~counted, 0)
+
+    def counted_logps(self, x, targets, temperature, most=2**26):
+        """log p(target) (B, T), the head being run where targets count and nowhere else. At most `most` logits are kept at a
+        time: with 128k tokens in the vocabulary they would be larger than the model, so the backward pass makes them anew."""
+        counted = targets != -100
+        x, picked = x[counted], targets[counted]  # (N, d), (N,)
+        size, head = max(1, most // self.config.vocab_size), lambda x, y: self.logps(x, y, temperature)[0]
+        parts = [head(x, picked)] if len(picked) <= size else [checkpoint(head, *part, use_reentrant=False)
+                                                               for part in zip(x.split(size), picked.split(size))]
+        return torch.zeros(targets.shape, device=x.device).masked_scatter(counted, torch.cat(parts))
 
     def step(self, ids, cache, at, positions, mask):
         """Next-token logits (B, V) after ids (B, T), whose keys and values are stored at places `at` (T,).
@@ -489,13 +501,14 @@ CPU_COMPILE = {"cpp_wrapper": True, "size_asserts": False}
 
 
 @torch.no_grad()
-def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, seed=0, compile=False):
-    """Yield (ids (B,), logprobs (B,)) for each new token. Arguments as in `generate`.
+def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), seed=0, compile=False):
+    """Yield for each new token a list of (row, id, logprob), of the rows that have not met a stop id. Arguments as in `generate`.
 
     Prompts of unequal length are aligned at their last token. Padding on the left is a document of its own, so nothing
-    sees it, and each row counts its positions from its own first token: a row gets what it would get alone.
+    sees it, and each row counts its positions from its own first token: a row gets what it would get alone. Equal prompts are
+    read once. Finished rows leave the batch when they are an eighth of it, for taking them out copies the cache.
     """
-    B, device, c = len(prompts), model.embed_tokens.weight.device, model.config
+    B, device, c, stop = len(prompts), model.embed_tokens.weight.device, model.config, set(stop_ids)
     longest = max(map(len, prompts))
     if temperature < 0 or top_k < 0 or not 0 < top_p <= 1:
         raise ValueError(f"temperature={temperature}, top_k={top_k}, top_p={top_p}: temperature and top_k of 0 or more, "
@@ -506,28 +519,42 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
     seeds = [(seed, i) for i in range(B)] if isinstance(seed, int) else seed
     u = np.stack([np.random.default_rng(s).random(max_new_tokens, np.float32) for s in seeds])
     u = torch.from_numpy(u).to(device)  # (B, new): a row's luck depends on its own seed alone
-    pad = torch.tensor([longest - len(p) for p in prompts], device=device)
-    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in prompts], device=device)
+    numbers = {p: n for n, p in enumerate(dict.fromkeys(map(tuple, prompts)))}  # distinct prompts, P of them
+    copies = torch.tensor([numbers[tuple(p)] for p in prompts], device=device)  # (B,): which one a row continues
+    pad = torch.tensor([longest - len(p) for p in numbers], device=device)
+    ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in numbers], device=device)  # (P, longest)
     model = inference_copy(model)
 
     def advance(ids, cache, at, positions, mask, u):
         return sample(model.step(ids, cache, at, positions, mask), u, temperature, top_k, top_p)
 
     capacity, dtype = longest + max_new_tokens, torch.float32 if device.type == "cpu" else model.compute_dtype
-    shape = (B, c.num_key_value_heads // (model.tp.size() if model.tp else 1), capacity, c.head_size)
+    shape = (len(numbers), c.num_key_value_heads // (model.tp.size() if model.tp else 1), longest, c.head_size)
     cache = [[torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"] for _ in model.layers]
     place = torch.arange(capacity, device=device)
-    positions, real = (place - pad[:, None]).clamp(min=0), (place >= pad[:, None])[:, None, None]  # (B, 1, 1, capacity)
+    positions, real = (place - pad[:, None]).clamp(min=0), (place >= pad[:, None])[:, None, None]  # (P, 1, 1, capacity)
     mask = visible(longest, device, real[:, 0, 0, :longest].long())[:, None]  # the prompts, all at once
-    new, logp = advance(ids, cache, place[:longest], positions[:, :longest], mask, u[:, 0])
-    yield new, logp
+    logits = model.step(ids, cache, place[:longest], positions[:, :longest], mask)
+    new, logp = sample(logits[copies], u[:, 0], temperature, top_k, top_p)
+    cache = [[F.pad(x[copies], (0, 0, 0, max_new_tokens)) for x in kv] for kv in cache]
+    positions, real = positions[copies], real[copies]
     advance = compiled(advance, device) if compile else advance
-    for S in range(longest, capacity - 1):
+    rows = list(range(B))  # which prompt each row of the batch continues; None: it has met a stop id
+    for S in range(longest, capacity):
+        tokens = new.tolist()
+        yield [(row, t, p) for row, t, p in zip(rows, tokens, logp.tolist()) if row is not None]
+        rows = [None if t in stop else row for row, t in zip(rows, tokens)]
+        keep = [i for i, row in enumerate(rows) if row is not None]
+        if not keep or S == capacity - 1:
+            return
+        if len(keep) <= 7 / 8 * len(rows) and not compile:  # a compiled step keeps its shape
+            rows, keep = [rows[i] for i in keep], torch.tensor(keep, device=device)
+            new, u, positions, real = new[keep], u[keep], positions[keep], real[keep]
+            cache = [[x[keep] for x in kv] for kv in cache]
         mask = real[..., : S + 1].contiguous()
         if compile:
             torch._dynamo.mark_dynamic(mask, 3)  # the cache keeps its shape, only how much of it is read grows
         new, logp = advance(new[:, None], cache, place[S : S + 1], positions[:, S : S + 1], mask, u[:, S - longest + 1])
-        yield new, logp
 
 
 def compiled(advance, device):
@@ -546,19 +573,12 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     belongs to the completion: a policy that never trains its stop token cannot learn to be brief.
     seed: one int, or one per prompt; a row's samples depend only on its own seed and place, not on its neighbours.
     """
-    rows, running = [([], []) for _ in prompts], set(range(len(prompts)))
-    stop = set(stop_ids)
+    result = [([], []) for _ in prompts]
     if prompts and max_new_tokens > 0:
-        for new, logp in stream(model, prompts, max_new_tokens, temperature, top_k, top_p, seed, compile):
-            new, logp = new.tolist(), logp.tolist()
-            for i in list(running):
-                rows[i][0].append(new[i])
-                rows[i][1].append(logp[i])
-                if new[i] in stop:
-                    running.remove(i)
-            if not running:
-                break
-    return rows
+        for step in stream(model, prompts, max_new_tokens, temperature, top_k, top_p, stop_ids, seed, compile):
+            for row, token, logp in step:
+                result[row][0].append(token), result[row][1].append(logp)
+    return result
 
 
 # --- checkpoints -----------------------------------------------------------------------------------------------------
@@ -704,11 +724,11 @@ def main(cfg):
     text, utf8 = [], codecs.getincrementaldecoder("utf-8")("replace")
     print(cfg.prompt, end="", flush=True)
     prompt = tokenizer.encode(cfg.prompt) or [tokenizer.eos]  # EOS is what stands before a document's first token
-    for new, _ in stream(model, [prompt], cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, cfg.seed, cfg.compile):
-        if int(new) == tokenizer.eos:
-            break
-        text.append(utf8.decode(tokenizer.decode_bytes([int(new)])))
-        print(text[-1], end="", flush=True)
+    for ((_, token, _),) in stream(model, [prompt], cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
+                                   [tokenizer.eos], cfg.seed, cfg.compile):
+        if token != tokenizer.eos:
+            text.append(utf8.decode(tokenizer.decode_bytes([token])))
+            print(text[-1], end="", flush=True)
     print()
     return {"text": "".join(text)}
 
