@@ -3,7 +3,7 @@
     python grpo.py                                         out/apo, else out/sft -> out/grpo: right without thinking, and brief
     python grpo.py --overlong_max=0 --out=out/long         no length penalty: /no_think learns to write long again
     python grpo.py --problems=gsm8k.jsonl --init=out/mine --max_new_tokens=512 --overlong_max=400 --overlong_cache=100
-    python grpo.py --rewards=accuracy,mine.py:polite:0.5   a reward of your own: mine.py has def polite(prompt, completion, answer)
+    python grpo.py --rewards=accuracy,mine.py:polite:0.5   and your own: mine.py has def polite(prompt, completion, answer)
     python grpo.py --teacher=out/long --out=out/distilled  learn from another model's probabilities instead of from rewards
     python grpo.py --bench                                 speed of one step on random weights, one JSON line
     torchrun --nproc_per_node=2 grpo.py                    two replicas; --tp=2: one model in two halves
@@ -11,7 +11,7 @@
 Read main() first: sample answers, score them, and make those likelier that beat the mean of their group. What is random is a
 function of (seed, number of the problem, number of the answer): a run that is resumed ends with the same bits.
 """
-import dataclasses, importlib.util, json, math, statistics, time, zlib
+import copy, dataclasses, importlib.util, json, math, statistics, sys, time, zlib
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -48,13 +48,13 @@ class Config(Machine):
     num_iterations: int = 1        # optimizer steps on the same answers
     epsilon: float = 0.2           # from the second of them on, ratios count down to 1 - epsilon
     epsilon_high: float = 0.28     # and up to 1 + epsilon_high (DAPO's clip-higher)
-    beta: float = 0.0              # weight of the KL to the model at the start; 0: none, and no copy of it in memory
+    beta: float = 0.1              # weight of the KL to the model at the start; 0 (or --teacher): no copy of it in memory
     mask_truncated_completions: bool = False  # answers that were cut off do not count in the loss
     # optimization
     steps: int = 100               # optimizer steps
     micro_batch: int = 32          # answers per forward pass and process; 0: all of them at once
     optimizer: str = "muon"        # muon or adamw, as in train.py
-    lr: float = 1e-3               # peak learning rate, cosine to 10 %
+    lr: float = 2e-4               # peak learning rate, cosine to 10 %
     warmup: float = 0.05           # fraction of the steps
     grad_clip: float = 1.0         # largest gradient norm
     # run
@@ -85,7 +85,7 @@ def format(prompt, completion, answer):
     """1.0 if the completion is an answer, after one closed thought or none. (In no_think an empty one is in the prompt.)"""
     thought = data.THOUGHT.match(completion)
     said = completion[thought.end():] if thought else completion
-    return float(bool(said.strip()) and "<think>" not in said and "</think>" not in said)
+    return float(bool(said.strip()) and completion.count("<think>") == completion.count("</think>") == bool(thought))
 
 
 REWARDS = {"accuracy": accuracy, "format": format}
@@ -109,14 +109,16 @@ def load_rewards(spec):
             function = REWARDS.get(name)
             if name.endswith(".py"):
                 file, name = name, rest.pop()
-                module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(Path(file).stem, file))
+                module = importlib.util.module_from_spec(importlib.util.spec_from_file_location(f"rewards of {file}", file))
+                sys.modules[module.__name__] = module  # dataclasses and pickle look for it there
                 module.__spec__.loader.exec_module(module)
                 function = getattr(module, name)
-            if rest or not callable(function) or name in result or not math.isfinite(weight):
-                raise ValueError(f"{' or '.join(REWARDS)}, or FILE.py:FUNCTION, once each, with :WEIGHT or without, expected")
+            if rest or not callable(function) or name in {*result, "overlong"} or not math.isfinite(weight):
+                raise ValueError(f"{' or '.join(REWARDS)}, or FILE.py:FUNCTION (not called overlong), once each, "
+                                 f"with :WEIGHT or without, expected")
         except Exception as e:  # a file of the user's can fail in any way
-            why = e if isinstance(e, ValueError) else f"{type(e).__name__}: {e}: FILE.py:FUNCTION[:WEIGHT] expected"
-            raise SystemExit(f"--rewards={item}: {why}") from None
+            why = "" if isinstance(e, ValueError) else f"{type(e).__name__}, FILE.py:FUNCTION[:WEIGHT] expected: "
+            raise SystemExit(f"--rewards={item}: {why}{data.one_line(e)}") from None
         result[name] = function, weight
     return result
 
@@ -128,20 +130,28 @@ def score(run, sample):
     for name, (function, _) in run.rewards.items():
         try:
             value = function(sample["prompt"], sample["text"], sample["answer"])
-            value = 0.0 if name in REWARDS and not sample["finished"] else value  # cut off, it is neither right nor well-formed
+            if function in REWARDS.values() and not sample["finished"]:  # cut off, it is neither right nor well-formed
+                value = 0.0
             if value is not None and not math.isfinite(value := float(value)):
                 raise ValueError(f"{value} is no reward")
         except Exception as e:
             value, sample["errors"] = None, sample["errors"] + 1
-            if name not in run.complained:
-                run.complained.add(name)
-                run.log.say(f"WARNING: --rewards: {name}: {type(e).__name__}: {e}; such answers count as not scored by it")
+            sample["complaints"] = sample.get("complaints", {}) | {name: f"{type(e).__name__}: {data.one_line(e)}"}
         values[name] = value
+    complain(run, sample)
     weights = {name: weight for name, (_, weight) in run.rewards.items()}
     if cfg.overlong_max:
         values["overlong"], weights["overlong"] = overlong_penalty(sample["tokens"], cfg.overlong_max, cfg.overlong_cache), 1.0
     known = [weights[name] * v for name, v in values.items() if v is not None]
     sample |= dict(rewards=values, reward=sum(known) if known else math.nan)
+
+
+def complain(run, sample):
+    """Say of each function once how it has failed."""
+    for name, why in sample.get("complaints", {}).items():
+        if name not in run.complained:
+            run.complained.add(name)
+            run.log.say(f"WARNING: --rewards: {name}: {why}; such answers count as not scored by it")
 
 
 # --- losses ----------------------------------------------------------------------------------------------------------
@@ -172,13 +182,13 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, epsilon=0.2, epsilon
                 importance_sampling_level="token", max_length=None, whole=None):
     """-> (loss, metrics: kl and the shares of clipped ratios). Log-probs and mask (B, T); advantages (B,), or (B, T).
 
-    logp is the policy's, old_logp that of the policy that sampled, ref_logp that of the reference (None where beta is 0), all at
-    the temperature of sampling. PPO's clipped surrogate (arXiv 1707.06347), min(w A, clip(w, 1 - epsilon, 1 + epsilon_high) A),
-    with w = exp(logp - old_logp) by token, or the geometric mean of those of a sequence (GSPO, arXiv 2507.18071), minus beta
-    times the KL to the reference in its k3 form, exp(d) - d - 1, d = ref_logp - logp.
-    loss_type says what the sum over tokens is divided by: grpo: each answer by its own length, then by the answers; bnpo: tokens
-    of this batch; dapo (arXiv 2503.14476): tokens of the whole step; dr_grpo: answers times max_length, a constant. To divide by
-    its own length makes a long wrong answer cheaper than a short one. whole: (answers, tokens) of a step of which this is a
+    logp is the policy's, old_logp that of the policy that sampled, ref_logp that of the reference (None where beta is 0), all
+    at the temperature of sampling. To maximise: PPO's clipped surrogate (arXiv 1707.06347), min(w A, clip(w, 1 - epsilon,
+    1 + epsilon_high) A), w = exp(logp - old_logp) by token, or the geometric mean of a sequence's (GSPO, arXiv 2507.18071);
+    minus beta times the KL to the reference in its k3 form, exp(d) - d - 1, d = ref_logp - logp.
+    loss_type says what the sum over tokens is divided by. grpo: each answer by its own length, then by their number (a long
+    wrong answer becomes cheaper than a short one); bnpo: the tokens of this batch; dapo (arXiv 2503.14476): the tokens of the
+    whole step; dr_grpo: answers times max_length, a constant. whole: (answers, tokens) of the step of which this is a
     micro-batch; then losses and metrics of the parts add up to those of the step.
     """
     answers, tokens = whole or (len(logp), mask.sum())
@@ -214,7 +224,8 @@ def policy_loss(logp, old_logp, ref_logp, advantages, mask, epsilon=0.2, epsilon
 # --- rollout ---------------------------------------------------------------------------------------------------------
 
 def rollout(run):
-    """The next problems, num_generations answers to each, and what these are worth -> what learn() wants, and metrics.
+    """The next problems, num_generations answers to each, and what these are worth -> what learn() wants, metrics, and the
+    answers of all replicas.
 
     Sampled from the full softmax that the loss scores with (no top-k, no top-p). The end token is part of the completion, of
     its length and of the loss: a model that gets no credit for stopping cannot learn to be brief. Nothing after it is.
@@ -238,6 +249,8 @@ def rollout(run):
         rows.append((prompts[i] + ids, [0] * len(prompts[i]) + [int(counts)] * len(ids)))
         sampled.append(logps)
     everyone = [s for part in gather(rt, samples)[::rt.tp_size] for s in part]  # of all replicas, in the run's order
+    for s in everyone:  # only rank 0 can be heard
+        complain(run, s)
     rewards = torch.tensor([s["reward"] for s in everyone])
     mine = advantages(rewards, G, cfg.scale_rewards)[rt.dp_rank * len(rows):][:len(rows)]
     tokens = sum(s["tokens"] for s in everyone if s["finished"] or not cfg.mask_truncated_completions)
@@ -251,8 +264,9 @@ def summary(run, samples):
     """Samples of a step, or of an evaluation's -> metrics under TRL's names."""
     lengths, G = [s["tokens"] for s in samples], run.cfg.num_generations
     groups = [[s["reward"] for s in samples[i:i + G] if not math.isnan(s["reward"])] for i in range(0, len(samples), G)]
-    known = [r for group in groups for r in group] or [math.nan]
-    result = {"reward": statistics.fmean(known), "reward_std": statistics.pstdev(known)}
+    known = [r for group in groups for r in group]
+    result = {"reward": statistics.fmean(known) if known else math.nan,
+              "reward_std": statistics.stdev(known) if len(known) > 1 else math.nan}
     for name in samples[0]["rewards"]:
         values = [s["rewards"][name] for s in samples if s["rewards"][name] is not None]
         result[f"rewards/{name}"] = statistics.fmean(values) if values else math.nan
@@ -260,24 +274,25 @@ def summary(run, samples):
         "reward_errors": sum(s["errors"] for s in samples),
         "accuracy": statistics.fmean(s["finished"] and sft.is_right(s["text"], s["answer"]) for s in samples),
         "completions/mean_length": statistics.fmean(lengths), "completions/median_length": statistics.median(lengths),
-        "completions/max_length": max(lengths), "completions/clipped_ratio": 1 - statistics.fmean(s["finished"] for s in samples),
+        "completions/max_length": max(lengths),
+        "completions/clipped_ratio": statistics.fmean(not s["finished"] for s in samples),
         "frac_reward_zero_std": statistics.fmean(len(set(group)) < 2 for group in groups)}
 
 
 # --- one step --------------------------------------------------------------------------------------------------------
 
 def frozen_logps(model, ids, targets, temperature):
-    """Of the reference or the teacher. The forward pass is that of training (which on CPUs has another attention), so that the
-    KL to a model that is the same is exactly 0."""
-    with torch.enable_grad():
+    """Of the reference or the teacher. On CPUs the forward pass is that of training, which has another attention there, so that
+    the KL to a model that is the same is exactly 0."""
+    with torch.set_grad_enabled(ids.device.type == "cpu"):
         return model(ids, None, targets, "none", temperature).detach()
 
 
 def learn(run, batch):
     """Gradients of the step's loss -> (this replica's part of it, its part of the metrics).
 
-    The first pass over the answers is on-policy, and its log-probs are the old ones of the passes after it: the ratio is exactly
-    1 then, and the gradient that of -A log p.
+    The first pass over the answers is on-policy, and its log-probs are the old ones of the passes after it: at first the ratio
+    is exactly 1, and the gradient that of -A log p.
     """
     cfg, rt, total, metrics, first = run.cfg, run.rt, 0.0, {}, not batch.old
     tokens = max(1, batch.whole[1])
@@ -297,7 +312,7 @@ def learn(run, batch):
         (loss * rt.dp_size).backward()  # DDP takes the mean over replicas: times their number
         values["entropy"] = -batch.old[i].sum() / tokens  # the sampled tokens' mean -log p is an unbiased estimate of it
         recorded = torch.tensor([p for row, ps in zip(rows, batch.sampled[part]) if any(row[1]) for p in ps], device=rt.device)
-        values["sampler_gap"] = (logp.detach()[mask] - recorded).abs().sum() / tokens  # rollout and training should agree
+        values["sampler_gap"] = (batch.old[i][mask] - recorded).abs().sum() / tokens  # rollout and training should agree
         if run.teacher is not None:
             values["kl_teacher"] = -(A * mask).sum() / tokens
         total = total + loss.detach()
@@ -309,8 +324,8 @@ def learn(run, batch):
 # --- evaluation ------------------------------------------------------------------------------------------------------
 
 def validate(run):
-    """-> fields of a metrics row: held-out accuracy in both modes, greedy; pass@1, pass@8 and lengths of sampled answers in the
-    mode that is trained. Prints a line, and one answer."""
+    """-> fields of a metrics row: held-out accuracy in both modes, greedy; pass@1, pass@8 and lengths of sampled answers in
+    the mode that is trained. Prints a line, and one answer."""
     cfg, rt = run.cfg, run.rt
     items, _ = sft.evaluate_tasks(run.model, run.tokenizer, run.tasks, cfg, rt)
     made = sft.answers(run.model, run.tokenizer, run.tasks, cfg.mode, cfg, rt, SAMPLES, cfg.temperature)
@@ -331,9 +346,9 @@ def validate(run):
 def show(run, sample):
     """One answer to read, with its reward."""
     score(run, sample)
-    rewards = ", ".join(f"{name} {value}" if value is None else f"{name} {value:.2f}" for name, value in sample["rewards"].items())
+    parts = ", ".join(f"{name} {'None' if value is None else f'{value:.2f}'}" for name, value in sample["rewards"].items())
     text = sample["text"].replace("\n", "⏎")
-    run.log.say(f"  {sample['prompt']:.60} -> {text:.200} [{sample['tokens']} tokens, reward {sample['reward']:.2f}: {rewards}]")
+    run.log.say(f"  {sample['prompt']:.60} -> {text:.200} [{sample['tokens']} tokens, reward {sample['reward']:.2f}: {parts}]")
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -347,13 +362,14 @@ def check(cfg, rt):
         if getattr(cfg, name) not in known:
             raise SystemExit(f"--{name}={getattr(cfg, name)}: {', '.join(filter(None, known))} expected")
     for bad, message in (
-            (min(cfg.steps, cfg.prompts, cfg.max_new_tokens, cfg.num_iterations, cfg.log_every, cfg.eval_every,
-                 cfg.save_every) < 1, "--steps, --prompts, --max_new_tokens, --num_iterations, --*_every: at least 1 expected"),
+            (min(cfg.steps, cfg.prompts, cfg.max_new_tokens, cfg.num_iterations, cfg.log_every, cfg.eval_every, cfg.save_every)
+             < 1, "--steps, --prompts, --max_new_tokens, --num_iterations, --*_every: at least 1 expected"),
             (cfg.num_generations < 2 and not cfg.teacher,
              f"--num_generations={cfg.num_generations}: at least 2 expected: answers are compared with each other"),
             (cfg.num_generations < 1, f"--num_generations={cfg.num_generations}: at least 1 expected"),
             (cfg.prompts % rt.dp_size, f"--prompts={cfg.prompts}: a multiple of the {rt.dp_size} replicas expected"),
-            (cfg.steps % cfg.num_iterations, f"--steps={cfg.steps}: a multiple of --num_iterations={cfg.num_iterations} expected"),
+            (cfg.steps % max(1, cfg.num_iterations),
+             f"--steps={cfg.steps}: a multiple of --num_iterations={cfg.num_iterations} expected"),
             (cfg.micro_batch < 0, f"--micro_batch={cfg.micro_batch}: 0 or more expected"),
             (min(cfg.temperature, cfg.lr, cfg.grad_clip) <= 0, "--temperature, --lr, --grad_clip: more than 0 expected"),
             (min(cfg.epsilon, cfg.epsilon_high, cfg.beta) < 0 or cfg.epsilon >= 1,
@@ -361,36 +377,43 @@ def check(cfg, rt):
             (not 0 <= cfg.warmup <= 1, f"--warmup={cfg.warmup}: 0 to 1 expected"),
             (cfg.overlong_max < 0 or not 0 <= cfg.overlong_cache <= (cfg.overlong_max or math.inf),
              f"--overlong_cache={cfg.overlong_cache}: 0 to --overlong_max={cfg.overlong_max} expected"),
-            (cfg.teacher and cfg.beta, "--teacher, --beta: one of them expected, the teacher is the reference"),
+            (not (cfg.rewards or cfg.overlong_max or cfg.teacher),
+             "--rewards, --overlong_max, --teacher: one of them expected, else there is nothing to learn"),
             (cfg.resume and cfg.overwrite, "--resume and --overwrite: one of them expected")):
         if bad:
             raise SystemExit(message)
 
 
 def open_model(cfg, rt, resuming):
-    """-> (policy, what its checkpoint holds besides, reference or None, teacher or None)."""
-    init = cfg.init or next((d for d in ("out/apo", "out/sft") if nano.checkpoints(d)), "")
-    if not init and cfg.beta:
-        raise SystemExit("--beta: a checkpoint to stay close to expected (--init=DIR)")
-    if not init and not resuming:
-        print("\n!!! no checkpoint in out/apo and out/sft: starting from a small model that knows nothing and will learn nothing "
-              "(python train.py, then python sft.py, make one that does)\n")
+    """-> (policy, what its checkpoint holds besides, reference or None, teacher or None). The reference is the model that the
+    run began with; it and the teacher carry the path and the crc of their files."""
+    init, model = cfg.init or next((d for d in ("out/apo", "out/sft") if nano.checkpoints(d)), ""), None
+    others = {"--init": None, "--teacher": None}
+    if not init:
         model, extra = train.new_model(nano.Config(), rt), dict(tokenizer="bytes", train_config={})
-    else:
+        if cfg.beta:
+            others["--init"] = copy.deepcopy(model, {id(model.tp): model.tp})  # a process group has no copies
+            others["--init"].path, others["--init"].crc = f"--seed={cfg.seed}", cfg.seed  # which draws it
+        if not resuming:
+            print("\n!!! no checkpoint in out/apo and out/sft: starting from a small model that knows nothing and will learn "
+                  "nothing here (python train.py, then python sft.py, make one that does)\n")
+    if init or resuming:
         model, extra = nano.load_checkpoint(cfg.out if resuming else init, rt.device, rt.tp_group)
-    others = []
+    if resuming and extra["stage"] != "grpo":
+        raise SystemExit(f"--resume: {cfg.out} holds a run of stage {extra['stage']}: --init={cfg.out} and another --out "
+                         f"expected")
     for flag, directory in (("--init", init if cfg.beta else ""), ("--teacher", cfg.teacher)):
-        other = None
         if directory:
-            other, its = nano.load_checkpoint(directory, rt.device, rt.tp_group)
-            if its["tokenizer"] != extra["tokenizer"] or other.config.vocab_size != model.config.vocab_size:
+            others[flag], its = nano.load_checkpoint(directory, rt.device, rt.tp_group)
+            others[flag].path, others[flag].crc = its["path"], its["crc"]
+            if its["tokenizer"] != extra["tokenizer"] or others[flag].config.vocab_size != model.config.vocab_size:
                 raise SystemExit(f"{flag}={directory}: the policy's tokenizer, {extra['tokenizer']}, expected")
-            if resuming and extra["monitor"]["others"].get(flag) != its["crc"]:
-                raise SystemExit(f"--resume: {its['path']}: not the file that the run in {cfg.out} has had as its {flag}")
+    for flag, other in others.items():
+        if other is not None:
             other.compute_dtype = rt.dtype
-            other.crc = its["crc"]
-        others.append(other)
-    return train.ready(model, cfg, rt), extra, *others
+            if resuming and extra["monitor"]["others"].get(flag) != other.crc:
+                raise SystemExit(f"--resume: {other.path}: not the file that the run in {cfg.out} has had as its {flag}")
+    return train.ready(model, cfg, rt), extra, *others.values()
 
 
 def load_problems(cfg):
@@ -415,6 +438,7 @@ def load_problems(cfg):
 def begin(cfg, rt):
     """Models, problems, optimizers and where the run stands: everything main() needs, new or from the newest checkpoint."""
     rewards = load_rewards(cfg.rewards)
+    cfg = dataclasses.replace(cfg, beta=0.0) if cfg.teacher else cfg  # there the teacher is what it stays close to
     locked, resuming = train.occupy(cfg, rt)
     model, extra, reference, teacher = open_model(cfg, rt, resuming)
     before = extra["train_config"]
@@ -424,31 +448,32 @@ def begin(cfg, rt):
         problems, tasks = load_problems(cfg)
     except ValueError as e:
         raise SystemExit(str(e)) from None
+    mark = zlib.crc32(json.dumps(problems).encode())
+    if resuming and extra["monitor"]["problems"] != mark:
+        raise SystemExit(f"--resume: {cfg.out} was trained on other problems: the same --problems expected")
     run = train.start(cfg, rt, model, extra if resuming else {}, locked, "grpo", train.data_parallel(model, rt, 1, 8),
                       tokenizer=data.get_tokenizer(extra["tokenizer"]), problems=problems, tasks=tasks, rewards=rewards,
                       reference=reference, teacher=teacher, complained=set())
-    run.samples = lambda: f"answers to problems {run.consumed} to {run.consumed + cfg.prompts - 1} of the run's order"
-    run.monitor["others"] = {flag: other.crc for flag, other in (("--init", reference), ("--teacher", teacher)) if other}
-    mark = zlib.crc32(json.dumps(problems).encode())
-    if run.monitor.setdefault("problems", mark) != mark:
-        raise SystemExit(f"--resume: {cfg.out} was trained on other problems: the same --problems expected")
+    run.samples = lambda: f"answers to problems {run.consumed - cfg.prompts} to {run.consumed - 1} of the run's order"
+    run.monitor |= dict(others={flag: other.crc for flag, other in (("--init", reference), ("--teacher", teacher)) if other},
+                        problems=mark)
     run.log.say(headline(run) + f" | resuming after step {run.step}" * resuming)
     if cfg.overlong_max > cfg.max_new_tokens:
         run.log.say(f"WARNING: no answer of at most --max_new_tokens={cfg.max_new_tokens} meets the full penalty of "
                     f"--overlong_max={cfg.overlong_max}")
     if cfg.mask_truncated_completions and cfg.overlong_max >= cfg.max_new_tokens:
-        run.log.say("WARNING: --mask_truncated_completions leaves the longest answers out of the loss, and with them most of the "
-                    "length penalty: --overlong_max below --max_new_tokens expected")
+        run.log.say("WARNING: --mask_truncated_completions leaves the longest answers out of the loss, and with them most of "
+                    "the length penalty: --overlong_max below --max_new_tokens expected")
     return run
 
 
 def headline(run):
     """What is trained, on what, where."""
     cfg, rt = run.cfg, run.rt
-    penalty = f"penalty from {cfg.overlong_max - cfg.overlong_cache} to {cfg.overlong_max}" if cfg.overlong_max else "no penalty"
-    return (f"{nano.num_params(run.model.config):,} parameters, {cfg.steps:,} steps of {cfg.prompts} x {cfg.num_generations} answers"
-            f" of up to {cfg.max_new_tokens} tokens, {penalty} | {len(run.problems):,} problems, {len(run.tasks)} held out | /{cfg.mode}"
-            f" | {rt.name}, {str(rt.dtype)[6:]}"
+    band = f"penalty from {cfg.overlong_max - cfg.overlong_cache} to {cfg.overlong_max}" if cfg.overlong_max else "no penalty"
+    return (f"{nano.num_params(run.model.config):,} parameters, {cfg.steps:,} steps of {cfg.prompts} x {cfg.num_generations} "
+            f"/{cfg.mode} answers of up to {cfg.max_new_tokens} tokens, {band} | {len(run.problems):,} problems, "
+            f"{len(run.tasks)} held out | {rt.name}, {str(rt.dtype)[6:]}"
             + f" | {rt.dp_size} data-parallel x {rt.tp_size} tensor-parallel" * (rt.world_size > 1))
 
 
@@ -468,34 +493,36 @@ def main(cfg):
     tokens = run.monitor.setdefault("tokens", 0)
     with Stop() as stop:
         while run.step < cfg.steps and not stopping:
-            batch, metrics, samples = rollout(run)
+            batch, metrics, _ = rollout(run)
             begun, run.consumed, tokens = time.perf_counter(), run.consumed + cfg.prompts, tokens + batch.whole[1]
             run.monitor["tokens"] = tokens
-            for _ in range(cfg.num_iterations):
+            for _ in range(min(cfg.num_iterations, cfg.steps - run.step)):
                 lr = train.lr_at(run.step, cfg)
                 loss, values = learn(run, batch)
                 norm = float(train.clip_grad_norm(run.model, cfg.grad_clip, rt))
                 loss, stopping, *sums = all_sum(rt, float(loss) / rt.tp_size, stop.signal is not None,
                                                 *(v / rt.tp_size for v in values.values()))
-                bad = 0 if train.update(run, loss, norm, lr) else bad + 1
+                # where nothing was learnt, momentum must not go on: Muon's steps are as long whatever it is
+                bad = 0 if norm == 0 or train.update(run, loss, norm, lr) else bad + 1
                 if bad == 10:
-                    raise SystemExit(f"step {run.step + 1}: 10 steps in a row were not finite or spiked: a lower --lr expected")
+                    raise SystemExit(f"step {run.step + 1}: 10 steps in a row were not finite or spiked: "
+                                     f"a lower --lr expected")
                 run.step += 1
                 log.bar.update(1)
             run.seconds = time.perf_counter() - start
             metrics |= dict(zip(values, sums)) | dict(update_seconds=time.perf_counter() - begun)
-            due = lambda every: run.step // every > (run.step - cfg.num_iterations) // every  # steps come num_iterations at a time
+            due = lambda every: run.step // every > (run.step - cfg.num_iterations) // every  # not every step comes by here
             if due(cfg.log_every) or run.step in (cfg.num_iterations, cfg.steps) or stopping:
                 line = f"reward {metrics['reward']:.3f} | accuracy {metrics['accuracy']:.3f}"
                 line += " | tokens {:.1f}, median {:.0f}, max {}".format(*(metrics[f"completions/{k}_length"]
                                                                           for k in ("mean", "median", "max")))
                 line += f" | cut off {metrics['completions/clipped_ratio']:.0%} | same {metrics['frac_reward_zero_std']:.0%}"
-                line += f" | entropy {metrics['entropy']:.3f}" + "".join(f" | {k} {metrics[k]:.4f}" for k in ("kl", "kl_teacher")
-                                                                         if k in metrics)
+                line += f" | entropy {metrics['entropy']:.3f}"
+                line += "".join(f" | {k} {metrics[k]:.4f}" for k in ("kl", "kl_teacher") if k in metrics)
                 line += f" | grad {norm:.2f} | {metrics['rollout_seconds']:.2f} + {metrics['update_seconds']:.2f} s"
+                speed = batch.whole[1] / (metrics["rollout_seconds"] + metrics["update_seconds"])
                 log.row(line, step=run.step, tokens=tokens, loss=loss, lr=lr, grad_norm=norm, seconds=run.seconds,
-                        tok_per_s=batch.whole[1] / (metrics["rollout_seconds"] + metrics["update_seconds"]), skipped=run.skipped,
-                        **metrics)
+                        tok_per_s=speed, skipped=run.skipped, **metrics)
             if due(cfg.eval_every) and run.step < cfg.steps and not stopping:
                 paused = time.perf_counter()
                 log.row(step=run.step, tokens=tokens, seconds=run.seconds, **validate(run))
@@ -525,15 +552,14 @@ def report(run, result):
 
 
 def bench(cfg, rt, steps=7):
-    """Speed of whole steps on random weights, of all processes together. The shape is fixed: `small`, 8 prompts of 16 tokens x 8
-    answers of up to 128 tokens, a reward that anybody's text earns; what is left to the flags is how (--optimizer, --micro_batch,
-    --compile, --dtype, --device, --tp)."""
-    cfg = dataclasses.replace(cfg, prompts=8, num_generations=8, max_new_tokens=128, rewards="", overlong_max=0, mode="think",
-                              style="chatml", steps=steps)
+    """Speed of whole steps on random weights, of all processes together. The shape is fixed: `small`, 8 prompts x 8 answers of
+    up to 128 tokens, a reward that any text earns; what is left to the flags is how (--micro_batch, --compile, --tp, ...)."""
+    cfg = dataclasses.replace(cfg, prompts=8, num_generations=8, max_new_tokens=128, overlong_max=0, mode="think",
+                              style="chatml", optimizer="adamw", lr=1e-6, beta=0.0, steps=steps)
     model = train.ready(train.new_model(nano.Config(**nano.PRESETS["small"]), rt), cfg, rt)
     problems = [dict(prompt=[dict(role="user", content=f"{i}+{i + 3}=")], answer="") for i in range(10, 74)]
-    run = SimpleNamespace(cfg=cfg, rt=rt, model=model, replica=train.data_parallel(model, rt, 1, 8), problems=problems, consumed=0,
-                          tokenizer=data.get_tokenizer("bytes"), reference=None, teacher=None, complained=set(),
+    run = SimpleNamespace(cfg=cfg, rt=rt, model=model, replica=train.data_parallel(model, rt, 1, 8), problems=problems,
+                          consumed=0, tokenizer=data.get_tokenizer("bytes"), reference=None, teacher=None, complained=set(),
                           rewards={"variety": (lambda prompt, completion, answer: len(set(completion)) / 50, 1.0)})
     optimizers, seconds = train.make_optimizers(model, cfg), []
     for _ in range(steps):
@@ -550,7 +576,8 @@ def bench(cfg, rt, steps=7):
     seconds = sorted(seconds[2:])  # the first ones warm up or compile
     whole, sampling, tokens = seconds[len(seconds) // 2]
     flops = 2 * nano.num_params(model.config) + nano.flops_per_token(model.config, 144)
-    result = dict(bench="grpo", tok_per_s=round(tokens / whole), spread=[round(n / s) for s, _, n in (seconds[-1], seconds[0])],
+    result = dict(bench="grpo", tok_per_s=round(tokens / whole),
+                  spread=[round(n / s) for s, _, n in (seconds[-1], seconds[0])],
                   seconds_per_step=round(whole, 4), rollout_seconds=round(sampling, 4), new_tokens=tokens,
                   mfu=rt.peak and round(tokens / whole * flops / rt.peak / rt.world_size, 4),
                   mfu_convention="(2N + 6N + 12LHDT) FLOPs per new token / published dense bf16 peak; null: no published peak",

@@ -502,7 +502,7 @@ CPU_COMPILE = {"cpp_wrapper": True, "size_asserts": False}
 
 @torch.no_grad()
 def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), seed=0, compile=False):
-    """Yield for each new token a list of (row, id, logprob), of the rows that have not met a stop id. Arguments as in `generate`.
+    """Yield for each new token a list of (row, id, logprob): of the rows that have met no stop id. Arguments: see `generate`.
 
     Prompts of unequal length are aligned at their last token. Padding on the left is a document of its own, so nothing
     sees it, and each row counts its positions from its own first token: a row gets what it would get alone. Equal prompts are

@@ -18,7 +18,7 @@ def test_quick_start_commands_run_in_an_empty_directory(tmp_path):
     commands = quick_start()
     assert [c[1] for c in commands][:1] == ["train.py"] and len(commands) >= 3
     for command in commands:
-        short = ["--steps=12", "--log_every=4"] if command[1] in ("train.py", "sft.py") else []
+        short = ["--steps=12", "--log_every=4"] if command[1] in ("train.py", "sft.py", "grpo.py") else []
         short += ["--pairs=sums"] if "--stage=apo" in command else []      # untrained, it would sample for minutes
         run = subprocess.run([sys.executable, ROOT / command[1], *command[2:], *short], cwd=tmp_path, capture_output=True,
                              text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "2"})
@@ -26,7 +26,7 @@ def test_quick_start_commands_run_in_an_empty_directory(tmp_path):
         assert run.stdout.strip(), command
 
 
-@pytest.mark.parametrize("name", ["train", "model", "data", "sft"])
+@pytest.mark.parametrize("name", ["train", "model", "data", "sft", "grpo"])
 def test_every_flag_in_the_readme_exists(name):
     """`--flag` words on README lines that call a script are fields of that script's Config."""
     module = __import__(name)
