@@ -282,8 +282,8 @@ def summary(run, samples):
 # --- one step --------------------------------------------------------------------------------------------------------
 
 def frozen_logps(model, ids, targets, temperature):
-    """Of the reference or the teacher. On CPUs the forward pass is that of training, which has another attention there, so that
-    the KL to a model that is the same is exactly 0."""
+    """Of the reference or the teacher. On CPUs the forward pass is that of training, which has another attention there, so
+    that the KL to a model that is the same is exactly 0."""
     with torch.set_grad_enabled(ids.device.type == "cpu"):
         return model(ids, None, targets, "none", temperature).detach()
 
@@ -393,7 +393,8 @@ def open_model(cfg, rt, resuming):
         model, extra = train.new_model(nano.Config(), rt), dict(tokenizer="bytes", train_config={})
         if cfg.beta:
             others["--init"] = copy.deepcopy(model, {id(model.tp): model.tp})  # a process group has no copies
-            others["--init"].path, others["--init"].crc = f"--seed={cfg.seed}", cfg.seed  # which draws it
+            others["--init"].path = drawn = f"--seed={cfg.seed} --tp={cfg.tp}"  # which decide what is drawn
+            others["--init"].crc = zlib.crc32(drawn.encode())
         if not resuming:
             print("\n!!! no checkpoint in out/apo and out/sft: starting from a small model that knows nothing and will learn "
                   "nothing here (python train.py, then python sft.py, make one that does)\n")

@@ -595,6 +595,9 @@ def begin(cfg, rt):
     locked, resuming = train.occupy(cfg, rt)
     model, extra, lora = open_model(cfg, rt, resuming)
     before = extra["train_config"]
+    if resuming and extra["stage"] != cfg.stage:
+        raise SystemExit(f"--resume: {cfg.out} holds a run of stage {extra['stage']}: --init={cfg.out} and another --out "
+                         f"expected")
     date = cfg.date or resuming and before["date"] or time.strftime("%d %B %Y")  # a run does not change with the day
     cfg = dataclasses.replace(cfg, style=cfg.style or before.get("style") or "compact", date=date)
     try:
@@ -610,11 +613,13 @@ def begin(cfg, rt):
     cfg = dataclasses.replace(cfg, steps=cfg.steps or max(1, math.ceil(cfg.epochs * len(examples) / cfg.batch)))
     T = max(len(x[0]) for pair in examples for x in pair) if cfg.stage == "apo" else cfg.max_length
     rows = (cfg.micro_batch or cfg.batch // rt.dp_size) * (2 if cfg.stage == "apo" else 1)
+    mark = fingerprint(examples)
+    if resuming and extra["monitor"]["data"] != mark:
+        raise SystemExit(f"--resume: {cfg.out} was trained on other examples: the same --data and --max_length expected")
     run = train.start(cfg, rt, model, extra if resuming else {}, locked, cfg.stage, train.data_parallel(model, rt, rows, T),
                       lora=lora, tokenizer=tokenizer, tasks=tasks, examples=examples, held=held)
     run.samples = lambda: f"rows {run.consumed} to {run.consumed + cfg.batch - 1} of the run's order"
-    if run.monitor.setdefault("data", fingerprint(examples)) != fingerprint(examples):
-        raise SystemExit(f"--resume: {cfg.out} was trained on other examples: the same --data and --max_length expected")
+    run.monitor["data"] = mark
     if cfg.stage == "apo":
         if not resuming:
             run.monitor["reference"] = logp_sums(model, [x for pair in examples + held for x in pair], rt).view(-1, 2)
