@@ -489,7 +489,7 @@ def test_the_loss_and_its_metrics_of_the_same_log_probs_are_trls(second_opinion,
     assert_their_metrics({k: float(v) for k, v in metrics.items()}, theirs, level, beta)
 
 
-def our_batch(opinion, out, logp, micro_batch):
+def our_batch(opinion, out, micro_batch):
     """What learn() gets from a rollout, after its first pass: old log-probs per micro-batch, in places of its targets."""
     counts = out["completion_mask"].sum(1).tolist()
     order = sorted(range(8), key=lambda i: len(opinion.prompts[i] + opinion.completions[i]))
@@ -502,7 +502,7 @@ def our_batch(opinion, out, logp, micro_batch):
             first = len(opinion.prompts[i]) - 1         # the place whose target is the completion's first token
             row[first:first + counts[i]] = out["old_per_token_logps"][i, :counts[i]]
     return SimpleNamespace(rows=[rows[i] for i in order], advantages=out["advantages"][order], old=old, whole=(8, sum(counts)),
-                           sampled=[logp[i, :len(opinion.completions[i])].tolist() for i in order])
+                           sampled=[out["old_per_token_logps"][i, :len(opinion.completions[i])].tolist() for i in order])
 
 
 @in_all_ways
@@ -510,7 +510,7 @@ def test_a_step_has_trls_loss_metrics_and_gradients_in_any_micro_batches(second_
     loss, theirs, out, logp = their_step(second_opinion, loss_type, level, beta, masked)
     grads = {n.removeprefix("model."): p.grad for n, p in second_opinion.trainer.model.named_parameters()}
     for micro_batch in (0,) if loss_type == "bnpo" else (0, 3):
-        batch = our_batch(second_opinion, out, logp, micro_batch)
+        batch = our_batch(second_opinion, out, micro_batch)
         cfg = grpo.Config(temperature=TEMPERATURE, max_new_tokens=LONGEST, loss_type=loss_type, importance_sampling_level=level,
                           epsilon=0.2, epsilon_high=0.28, beta=beta, micro_batch=micro_batch)
         run = SimpleNamespace(replica=second_opinion.policy, reference=second_opinion.reference if beta else None, teacher=None,
@@ -523,7 +523,7 @@ def test_a_step_has_trls_loss_metrics_and_gradients_in_any_micro_batches(second_
             assert (p.grad - grads[n]).abs().max() < 1e-4, n
         old = (out["old_per_token_logps"] * out["completion_mask"]).sum() / out["completion_mask"].sum()
         assert metrics["entropy"] == pytest.approx(-old.item(), abs=1e-5)
-        assert metrics["sampler_gap"] < 1e-5            # their log-probs stand for those that the rollout has recorded
+        assert metrics["sampler_gap"] < 1e-5            # they stand for those that the rollout has recorded
     assert max(float(g.abs().max()) for g in grads.values()) > 0.01
 
 
