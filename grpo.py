@@ -228,7 +228,8 @@ def rollout(run):
     answers of all replicas.
 
     Sampled from the full softmax that the loss scores with (no top-k, no top-p). The end token is part of the completion, of
-    its length and of the loss: a model that gets no credit for stopping cannot learn to be brief. Nothing after it is.
+    its length and of the loss: without credit for stopping, to be brief is hard to learn (tests/lessons.py drop_eos).
+    Nothing after it is.
     """
     cfg, rt, start, G = run.cfg, run.rt, time.perf_counter(), run.cfg.num_generations
     size, n, end = cfg.prompts // rt.dp_size, len(run.problems), run.tokenizer.special["<|im_end|>"]
@@ -318,7 +319,7 @@ def learn(run, batch):
         total = total + loss.detach()
         for name, value in values.items():
             metrics[name] = metrics.get(name, 0.0) + value
-    return total, {name: float(value) for name, value in metrics.items()}  # the device is waited for once, at the end
+    return total, {name: float(value) for name, value in metrics.items()}
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------

@@ -11,7 +11,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 
 def drop_eos(steps=30):
-    """GRPO without credit for the end token: a length penalty that nobody can obey. (grpo.py, rollout: the mask)
+    """GRPO without credit for the end token: a length penalty that is hard to obey. (grpo.py, rollout: the mask)
 
     A random model whose only reward is the penalty, linear from the first token to the 64th. An answer ends where it happens
     to say an end token, so to be brief is to make that token likelier, and the loss must see it. Loss type `grpo`, in which
