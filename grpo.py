@@ -232,16 +232,19 @@ def rollout(run):
     Nothing after it is.
     """
     cfg, rt, start, G = run.cfg, run.rt, time.perf_counter(), run.cfg.num_generations
-    size, n, end = cfg.prompts // rt.dp_size, len(run.problems), run.tokenizer.special["<|im_end|>"]
+    size, n = cfg.prompts // rt.dp_size, len(run.problems)
     numbers = range(run.consumed + rt.dp_rank * size, run.consumed + (rt.dp_rank + 1) * size)  # in the run's order
     problems = [run.problems[data.permute(k % n, n, (cfg.seed, k // n))] for k in numbers]
     prompts = [data.render(p["prompt"], cfg.mode, cfg.style, None, cfg.date, True, run.tokenizer)[0] for p in problems]
     jobs = [(k, i, g) for i, k in enumerate(numbers) for g in range(G)]
-    out = nano.generate(run.model, [prompts[i] for _, i, _ in jobs], cfg.max_new_tokens, cfg.temperature,
-                        stop_ids=[end, run.tokenizer.eos], seed=[(cfg.seed, k, g, 0x6770) for k, _, g in jobs])
+    with torch.no_grad():  # the sampler is the policy of this step in the dtype of the matmuls; a compiled step reads it
+        for mine, its in zip(run.sampler.parameters(), run.model.parameters()):
+            mine.copy_(its)
+    out = nano.generate(run.sampler, [prompts[i] for _, i, _ in jobs], cfg.max_new_tokens, cfg.temperature, stop_ids=run.stop_ids,
+                        seed=[(cfg.seed, k, g, 0x6770) for k, _, g in jobs], compile=cfg.compile)
     samples, rows, sampled = [], [], []
     for (_, i, _), (ids, logps) in zip(jobs, out):
-        finished = ids[-1] in (end, run.tokenizer.eos)
+        finished = ids[-1] in run.stop_ids
         text = run.tokenizer.decode(ids[:-1] if finished else ids)
         samples.append(dict(prompt=problems[i]["prompt"][-1]["content"], text=text, answer=problems[i]["answer"],
                             tokens=len(ids), finished=finished, errors=0))
@@ -453,9 +456,11 @@ def begin(cfg, rt):
     mark = zlib.crc32(json.dumps(problems).encode())
     if resuming and extra["monitor"]["problems"] != mark:
         raise SystemExit(f"--resume: {cfg.out} was trained on other problems: the same --problems expected")
+    tokenizer = data.get_tokenizer(extra["tokenizer"])
     run = train.start(cfg, rt, model, extra if resuming else {}, locked, "grpo", train.data_parallel(model, rt, 1, 8),
-                      tokenizer=data.get_tokenizer(extra["tokenizer"]), problems=problems, tasks=tasks, rewards=rewards,
-                      reference=reference, teacher=teacher, complained=set())
+                      sampler=nano.inference_copy(model), tokenizer=tokenizer, problems=problems, tasks=tasks, rewards=rewards,
+                      stop_ids=[tokenizer.special["<|im_end|>"], tokenizer.eos], reference=reference, teacher=teacher,
+                      complained=set())
     run.samples = lambda: f"answers to problems {run.consumed - cfg.prompts} to {run.consumed - 1} of the run's order"
     run.monitor |= dict(others={flag: other.crc for flag, other in (("--init", reference), ("--teacher", teacher)) if other},
                         problems=mark)
@@ -560,8 +565,10 @@ def bench(cfg, rt, steps=7):
                               style="chatml", optimizer="adamw", lr=1e-6, beta=0.0, steps=steps)
     model = train.ready(train.new_model(nano.Config(**nano.PRESETS["small"]), rt), cfg, rt)
     problems = [dict(prompt=[dict(role="user", content=f"{i}+{i + 3}=")], answer="") for i in range(10, 74)]
-    run = SimpleNamespace(cfg=cfg, rt=rt, model=model, replica=train.data_parallel(model, rt, 1, 8), problems=problems,
-                          consumed=0, tokenizer=data.get_tokenizer("bytes"), reference=None, teacher=None, complained=set(),
+    tokenizer = data.get_tokenizer("bytes")
+    run = SimpleNamespace(cfg=cfg, rt=rt, model=model, sampler=nano.inference_copy(model), problems=problems, consumed=0,
+                          replica=train.data_parallel(model, rt, 1, 8), tokenizer=tokenizer, stop_ids=[tokenizer.eos],
+                          reference=None, teacher=None, complained=set(),
                           rewards={"variety": (lambda prompt, completion, answer: len(set(completion)) / 50, 1.0)})
     optimizers, seconds = train.make_optimizers(model, cfg), []
     for _ in range(steps):

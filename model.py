@@ -12,7 +12,7 @@ SmolLM3 (playbook, "Architecture choices") is Llama with four changes, each one 
 Names are Hugging Face's, so that exporting is renaming. Shapes in comments: B rows, T tokens, S cached tokens,
 H query heads, KV key/value heads, D head_dim, V vocabulary.
 """
-import codecs, copy, dataclasses, json, math, sys, time, zipfile, zlib
+import codecs, copy, dataclasses, functools, json, math, sys, time, zipfile, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -525,10 +525,9 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
     ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in numbers], device=device)  # (P, longest)
     model = inference_copy(model)
 
-    def advance(ids, cache, at, positions, mask, u):
-        return sample(model.step(ids, cache, at, positions, mask), u, temperature, top_k, top_p)
-
-    capacity, dtype = longest + max_new_tokens, torch.float32 if device.type == "cpu" else model.compute_dtype
+    # a cache in float32 costs CPUs nothing, measured, but where a compiled policy samples 64 rows: there half the bytes pay
+    wide = device.type == "cpu" and compile is not True
+    capacity, dtype = longest + max_new_tokens, torch.float32 if wide else model.compute_dtype
     shape = (len(numbers), c.num_key_value_heads // (model.tp.size() if model.tp else 1), longest, c.head_size)
     cache = [[torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"] for _ in model.layers]
     place = torch.arange(capacity, device=device)
@@ -538,7 +537,7 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
     new, logp = sample(logits[copies], u[:, 0], temperature, top_k, top_p)
     cache = [[F.pad(x[copies], (0, 0, 0, max_new_tokens)) for x in kv] for kv in cache]
     positions, real = positions[copies], real[copies]
-    advance = compiled(advance, device) if compile else advance
+    step = compiled_advance(device.type, compile == "frozen") if compile else advance
     rows = list(range(B))  # which prompt each row of the batch continues; None: it has met a stop id
     for S in range(longest, capacity):
         tokens = new.tolist()
@@ -554,16 +553,24 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
         mask = real[..., : S + 1].contiguous()
         if compile:
             torch._dynamo.mark_dynamic(mask, 3)  # the cache keeps its shape, only how much of it is read grows
-        new, logp = advance(new[:, None], cache, place[S : S + 1], positions[:, S : S + 1], mask, u[:, S - longest + 1])
+        new, logp = step(model, new[:, None], cache, place[S : S + 1], positions[:, S : S + 1], mask, u[:, S - longest + 1],
+                         temperature, top_k, top_p)
 
 
-def compiled(advance, device):
-    """The one-token step compiled: half a minute, then about three times as fast on a CPU. The weights are frozen into
-    it, packed for the matrix units, so it suits many tokens from one model, not a policy that changes at every step."""
-    if device.type != "cpu":
+def advance(model, ids, cache, at, positions, mask, u, temperature, top_k, top_p):
+    """One token further: see `Transformer.step` and `sample`."""
+    return sample(model.step(ids, cache, at, positions, mask), u, temperature, top_k, top_p)
+
+
+@functools.cache
+def compiled_advance(device_type, frozen):
+    """`advance` compiled, half a minute. On a CPU weights may be frozen into it, packed for the matrix units: for one model
+    that writes many tokens, not for a policy that changes at every step."""
+    if device_type != "cpu":
         return torch.compile(advance)
-    torch._inductor.config.freezing = True  # must be global: the front end looks at it too
-    return torch.compile(advance, options={"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN", **CPU_COMPILE})
+    torch._inductor.config.freezing = frozen  # must be global: the front end looks at it too
+    tuned = {"max_autotune": True, "max_autotune_gemm_backends": "CPP,ATEN"} if frozen else {}
+    return torch.compile(advance, options={**tuned, **CPU_COMPILE})
 
 
 def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, stop_ids=(), seed=0, compile=False):
@@ -572,6 +579,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
     prompts: lists of token ids, lengths may differ. temperature 0 is greedy. ids end with the first of stop_ids, which
     belongs to the completion: a policy that never trains its stop token cannot learn to be brief.
     seed: one int, or one per prompt; a row's samples depend only on its own seed and place, not on its neighbours.
+    compile: True, or "frozen" where the weights will not change.
     """
     result = [([], []) for _ in prompts]
     if prompts and max_new_tokens > 0:
@@ -695,7 +703,7 @@ def bench(cfg):
     seconds = []
     for _ in range(6):
         start = time.perf_counter()
-        generate(model, ids, cfg.max_new_tokens, seed=cfg.seed, compile=cfg.compile)
+        generate(model, ids, cfg.max_new_tokens, seed=cfg.seed, compile=cfg.compile and "frozen")
         seconds.append(time.perf_counter() - start)
     speed = sorted(cfg.batch * cfg.max_new_tokens / s for s in seconds[1:])  # the first run warms up or compiles
     flops = 2 * num_params(model.config)
@@ -725,7 +733,7 @@ def main(cfg):
     print(cfg.prompt, end="", flush=True)
     prompt = tokenizer.encode(cfg.prompt) or [tokenizer.eos]  # EOS is what stands before a document's first token
     for ((_, token, _),) in stream(model, [prompt], cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
-                                   [tokenizer.eos], cfg.seed, cfg.compile):
+                                   [tokenizer.eos], cfg.seed, cfg.compile and "frozen"):
         if token != tokenizer.eos:
             text.append(utf8.decode(tokenizer.decode_bytes([token])))
             print(text[-1], end="", flush=True)

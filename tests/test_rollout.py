@@ -8,7 +8,7 @@ import torch
 import torch._dynamo   # otherwise every forked rank imports it anew, for seconds, as soon as it makes an optimizer
 from torch.nn import functional as F
 
-import data, grpo, infra, model as nano
+import data, grpo, infra, model as nano, train
 from processes import run as ranks
 
 CPU = infra.setup(infra.Machine(device="cpu", dtype="float32"))         # one process, alone
@@ -163,6 +163,16 @@ def test_finished_rows_leave_when_they_are_an_eighth_of_the_batch_and_running_on
     drops = [(before, after) for before, after in zip([24, *rows], rows) if before != after]
     assert len(drops) > 3 and all(before - after >= before / 8 for before, after in drops)
     assert any(n > alive for n, alive in zip(rows, running[1:]))    # fewer are not worth a copy of the cache
+
+
+@pytest.mark.parametrize("how", [True, "frozen"])
+def test_a_step_to_be_compiled_keeps_its_shape_and_its_rows_say_the_same(monkeypatch, how):
+    m, stop, asked = build(), set(range(0, 64, 9)), []
+    plain = nano.generate(m, MANY, 20, 0.9, 5, 0.95, stop, seed=3)
+    monkeypatch.setattr(nano, "compiled_advance", lambda *a: asked.append(a) or nano.advance)    # the compiler is not ours
+    seen = shapes_of(m)
+    assert_rows(nano.generate(m, MANY, 20, 0.9, 5, 0.95, stop, seed=3, compile=how), plain)
+    assert asked == [("cpu", how == "frozen")] and seen[1:] == [(24, 1)] * (len(seen) - 1)
 
 
 def test_stream_yields_running_rows_in_order_and_adds_up_to_generate():
@@ -489,6 +499,21 @@ def test_an_answer_depends_on_its_problem_and_number_alone_not_on_the_size_of_th
     step = answers_of(run)
     assert answers_of(run, prompts=2) + answers_of(run, prompts=2, consumed=2) == step
     assert answers_of(run, num_generations=2) == [ids for i, ids in enumerate(step) if i % 4 < 2]
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_answers_in_bf16_are_the_policys_of_this_step_not_of_an_earlier_one(config, monkeypatch, compile):
+    monkeypatch.setattr(nano, "compiled_advance", lambda *a: nano.advance)
+    monkeypatch.setattr(train, "ready", lambda model, cfg, rt: setattr(model, "compute_dtype", rt.dtype) or model)
+    run = begin(config(dtype="bfloat16", compile=compile))
+    before = answers_of(run)
+    with torch.no_grad():
+        for p in run.model.parameters():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(p))) * 0.05)
+    batch, _, _ = grpo.rollout(run)
+    _, metrics, _ = learned(run, batch)
+    assert metrics["sampler_gap"] < 0.03 and answers_of(run) != before
+    assert all(p.dtype == torch.float32 for p in run.model.parameters())
 
 
 def test_a_prompt_is_read_once_a_group(config):
