@@ -214,7 +214,7 @@ def one_line(call, *arguments, match):
 
 def scripted(script):
     """In place of model.generate: script(prompt, seed) -> its text; "…" ends one that is cut off."""
-    def generate(model, prompts, max_new_tokens, temperature=1.0, stop_ids=(), seed=0):
+    def generate(model, prompts, max_new_tokens, temperature=1.0, stop_ids=(), seed=0, compile=False):
         result = []
         for prompt, own in zip(prompts, seed):
             text = script(BYTES.decode(prompt), own, temperature)
