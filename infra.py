@@ -7,11 +7,16 @@
 
 Importing this file measures nothing and starts nothing.
 """
-import contextlib, ctypes, dataclasses, difflib, inspect, json, math, os, platform, re, signal, sys, threading, time, tomllib
+import contextlib, ctypes, dataclasses, difflib, errno, inspect, json, math, mmap, os, platform, random, re, shutil, signal, statistics
+import subprocess, sys, threading, time, tomllib
+from collections import namedtuple
+from concurrent.futures import ThreadPoolExecutor
+from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_type_hints
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from tqdm import tqdm
@@ -354,16 +359,30 @@ def cpu_name():
     return platform.processor() or platform.machine()
 
 
-# Dense bf16 FLOP/s from the vendors' data sheets (sparse figures are twice these and never reached). First match wins.
-PEAK_FLOPS = {"B200": 2250e12, "H200": 989e12, "H100 PCIe": 756e12, "H100 NVL": 835e12, "H100": 989e12, "A100": 312e12,
-              "L40S": 362e12, "RTX 4090": 165.2e12, "MI300X": 1307e12}
+Sheet = namedtuple("Sheet", "bf16 fp16 fp8 fp32 gb gbs peer host")
+# Vendors' data sheets: dense TFLOP/s (the "sparse" figures are twice these and never reached), fp32 without tensor cores (TF32
+# is half of bf16); GB of memory, its GB/s; GB/s to another GPU and to the host, one direction. First match wins.
+SHEETS = {
+    "B200": Sheet(2250, 2250, 4500, 80, 180, 8000, 900, 63), "H200 NVL": Sheet(835, 835, 1671, 60, 141, 4800, 450, 63),
+    "H200": Sheet(989, 989, 1979, 67, 141, 4800, 450, 63), "H100 PCIe": Sheet(756, 756, 1513, 51, 80, 2000, 63, 63),
+    "H100 NVL": Sheet(835, 835, 1671, 60, 94, 3938, 300, 63), "H100": Sheet(989, 989, 1979, 67, 80, 3350, 450, 63),
+    "A100-SXM4-40GB": Sheet(312, 312, None, 19.5, 40, 1555, 300, 31.5), "A100-PCIE-40GB": Sheet(312, 312, None, 19.5, 40, 1555, 31.5, 31.5),
+    "A100 80GB PCIe": Sheet(312, 312, None, 19.5, 80, 1935, 31.5, 31.5), "A100": Sheet(312, 312, None, 19.5, 80, 2039, 300, 31.5),
+    "L40S": Sheet(362, 362, 733, 91.6, 48, 864, 31.5, 31.5), "RTX 4090": Sheet(165.2, 165.2, 330, 82.6, 24, 1008, 31.5, 31.5),
+    "T4": Sheet(None, 65, None, 8.1, 16, 320, 15.75, 15.75), "MI300X": Sheet(1307, 1307, 2615, 163.4, 192, 5300, 64, 63)}
+
+
+def data_sheet(name):
+    """What the vendor promises of the GPU called `name`, or None: never another device's figures."""
+    if re.search(r"Laptop|MIG|4090 D", name):  # smaller than what their name contains
+        return None
+    return next((sheet for key, sheet in SHEETS.items() if re.search(rf"\b{key}\b", name, re.I)), None)
 
 
 def peak_flops(name):
-    """Published dense bf16 FLOP/s of the GPU called `name`, or None: never another device's figure."""
-    if re.search(r"Laptop|MIG|4090 D", name):  # smaller than what their name contains
-        return None
-    return next((peak for key, peak in PEAK_FLOPS.items() if key in name), None)
+    """Published dense bf16 FLOP/s of the GPU called `name`, or None."""
+    sheet = data_sheet(name)
+    return sheet and sheet.bf16 and sheet.bf16 * 1e12
 
 
 def peak_memory(device):
@@ -519,5 +538,540 @@ class Log:
             self.wandb.finish()
 
 
+# --- probes: is the machine what you paid for? -----------------------------------------------------------------------
+# A probe is a generator of rows. What a part of the machine can do is the best of several tries (as in STREAM and in
+# mamf-finder: what disturbs a try only ever makes it slower); what others wait for is the slowest rank's median.
+
+@dataclasses.dataclass
+class Config(Machine):
+    preset: str = ""          # whose shapes and needs; default: small, on a GPU smollm3-3b (a bare word does it too)
+    only: str = ""            # matmul,memory,transfer,peers,collectives,storage,loader,health; default: all
+    path: str = "."           # directory whose disk is measured: where data and checkpoints will lie
+    json: str = ""            # write the rows to this file; other scripts take it as --probe
+    strict: bool = False      # exit with status 1 if anything FAILs
+
+
+# The playbook's own measurements on 8 x H100 (its chapter on infrastructure), corrected: it sets fp8 beside 3960, the figure
+# for sparse matrices, where dense ones reach 1979; and its row "fp32" ran in TF32, whose dense peak is 495, not 67.
+PLAYBOOK_H100 = {"bf16": "714-758", "fp16": "687-732", "fp8": "1210-1457", "tf32": "356-396", "memory": "3040", "transfer": "14.2",
+                 "peers": "364.9", "all_reduce": "480", "all_to_all": "340"}
+
+
+def row(what, value, unit="", convention="", reference=None, source="", good=0.7, poor=0.5, advice="", playbook="", **more):
+    """One line of the table. reference: what the value is compared with, in the same unit, and where that figure is from; None:
+    nobody published one, and nothing is judged. PASS from good * reference on, FAIL below poor * reference."""
+    share = value / reference if value is not None and reference else None
+    verdict = "n/a" if share is None else "PASS" if share >= good else "WARN" if share >= poor else "FAIL"
+    return dict(what=what, value=value, unit=unit, convention=convention, reference=reference, source=source,
+                percent=share and round(100 * share, 1), verdict=verdict, advice=advice if verdict in ("WARN", "FAIL") else "",
+                playbook=playbook) | more
+
+
+def note(what, text, verdict="n/a"):
+    """A line without a figure."""
+    return row(what, None) | dict(verdict=verdict, advice=text)
+
+
+def show_row(r):
+    number = "" if r["value"] is None else f"{r['value']:,.0f}" if r["value"] >= 100 else f"{r['value']:.3g}"
+    percent = "" if r["percent"] is None else f"{r['percent']:.0f} %"
+    text = "; ".join(filter(None, (r["advice"], r["percent"] is not None and f"of {r['reference']:,.4g}, {r['source']}",
+                                   r["playbook"] and f"playbook's H100: {r['playbook']}", r["convention"])))
+    print(f"{r['what']:34} {number:>9} {r['unit']:9} {percent:>6}  {r['verdict']:4}  {text}", flush=True)
+
+
+def seconds_of(rt, call, samples=7, least=0.02):
+    """Seconds of one call(): (best, median) of `samples`, each of as many calls as fill `least` seconds; two seconds in all."""
+    wait = getattr(torch, rt.device.type).synchronize if rt.device.type in ("cuda", "mps") else lambda: None
+    now, times = time.perf_counter, []
+    call(), wait()
+    start = now()
+    call(), wait()
+    calls, end = max(1, math.ceil(least / max(1e-9, now() - start))), now() + 2
+    while len(times) < samples and (len(times) < 3 or now() < end):
+        start = now()
+        for _ in range(calls):
+            call()
+        wait()
+        times.append((now() - start) / calls)
+    return min(times), statistics.median(times)
+
+
+def matmul_tflops(rt, m, k, n, kind):
+    """TFLOP/s of (m, k) @ (k, n) in fp32, tf32, bf16, fp16 or fp8, of random numbers: multiplying zeros draws less power."""
+    dtype = dict(fp32="float32", tf32="float32", bf16="bfloat16", fp16="float16", fp8="float8_e4m3fn")[kind]
+    a, b = (torch.randn(size, device=rt.device).to(getattr(torch, dtype)) for size in ((m, k), (n, k)))
+    precision, one = torch.get_float32_matmul_precision(), torch.ones((), device=rt.device)
+    torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+    try:
+        if kind == "fp8":
+            best, _ = seconds_of(rt, lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16))
+        else:
+            best, _ = seconds_of(rt, lambda: torch.mm(a, b.T))
+    finally:
+        torch.set_float32_matmul_precision(precision)
+    return 2 * m * k * n / best / 1e12
+
+
+def probe_matmul(cfg, rt, rows):
+    """Every dtype that the device multiplies, at a large square and at the preset's own shapes."""
+    cuda, sheet, c = rt.device.type == "cuda", data_sheet(rt.name), preset_config(cfg)
+    size, kinds, found = 8192 if cuda else 2048, ["fp32", "bf16"], {}
+    if cuda:
+        capability = torch.cuda.get_device_capability(rt.device)
+        nvidia = torch.version.hip is None
+        kinds = ["fp32", *["tf32"] * (nvidia and capability >= (8, 0)), *["bf16"] * _native_bf16(rt.device), "fp16",
+                 *["fp8"] * (not nvidia or capability >= (8, 9))]
+    for kind in kinds:
+        try:
+            found[kind] = matmul_tflops(rt, size, size, size, kind)
+        except RuntimeError as e:  # fp8 on hardware that this build of torch does not serve
+            yield note(f"matmul {kind}", str(e).splitlines()[0][:100])
+            continue
+        peak = sheet and (sheet.bf16 and sheet.bf16 / 2 if kind == "tf32" else getattr(sheet, kind))
+        reference, source, good, poor, advice = peak, "dense TFLOP/s of the data sheet", 0.7, 0.5, (
+            "clocks (nvidia-smi -q -d CLOCK), power cap, another process on this GPU, or kernels of another architecture")
+        if not cuda and kind == "bf16":
+            reference, source, good, poor = found["fp32"], "fp32 here", 1.2, 0.8
+            advice = "bf16 is emulated or hardly faster here: --dtype=float32"
+        yield row(f"matmul {kind}", found[kind], "TFLOP/s", f"{size}³", reference, source, good, poor, advice,
+                  PLAYBOOK_H100.get(kind, "") if "H100" in rt.name else "", dtype=kind, square=True)
+    main = dict(float32="tf32" if "tf32" in found else "fp32", bfloat16="bf16")[str(rt.dtype)[6:]]
+    if not cuda and rt.threads > 1:
+        torch.set_num_threads(1)
+        alone = matmul_tflops(rt, size, size, size, main)
+        torch.set_num_threads(rt.threads)
+        yield row(f"matmul {main}, 1 thread", alone, "TFLOP/s", f"{size}³")
+        yield row(f"matmul {main}, {rt.threads} threads against 1", found[main] / alone, "times", "", rt.threads, "threads", 0.8, 0.6,
+                  "threads share multipliers (hyperthreads), memory or a power budget, or neighbours use the cores")
+    tokens, d, D = 8192 if cuda else 2048, c.hidden_size, c.head_size
+    shapes = {"q, o": (d, c.num_attention_heads * D), "k, v": (d, c.num_key_value_heads * D),
+              "gate, up": (d, c.intermediate_size), "down": (c.intermediate_size, d), "head": (d, c.vocab_size or 320)}
+    for name, (k, n) in shapes.items():
+        yield row(f"  {cfg.preset}: {name}", matmul_tflops(rt, tokens, k, n, main), "TFLOP/s", f"{tokens} x {k} x {n}, {main}", found[main],
+                  "the square", 0.5, 0, "this shape wastes the machine: wider matrices, more tokens, multiples of 64")
+
+
+def free_memory():
+    """Bytes that can still be used, as far as Linux and its cgroup tell."""
+    free = 2**33
+    with contextlib.suppress(OSError, ValueError):
+        free = int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
+        group = Path("/sys/fs/cgroup")
+        free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
+    return free
+
+
+def last_level_cache():
+    """Bytes, or None where Linux does not tell."""
+    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
+    return max((int(s[:-1]) * dict(K=2**10, M=2**20, G=2**30)[s[-1]] for s in sizes), default=None)
+
+
+def probe_memory(cfg, rt, rows):
+    """Copies within the device's memory, large and small."""
+    cuda, sheet = rt.device.type == "cuda", data_sheet(rt.name)
+    cache = 2**26 if cuda else last_level_cache() or 2**25
+    free = torch.cuda.mem_get_info(rt.device)[0] if cuda else free_memory() // _env("LOCAL_WORLD_SIZE", 1)
+    large = min(2**30 if cuda else max(2**28, 4 * cache), free // 4)
+    for what, size in (("memory", large), ("cache-sized", cache // 4), ("sub-megabyte", 2**18)):
+        a, b = (torch.ones(size // 4, device=rt.device) for _ in "ab")
+        best, _ = seconds_of(rt, lambda: b.copy_(a))
+        main = what == "memory"
+        yield row(f"copy, {what}", 2 * size / best / 1e9, "GB/s", f"{size / 2**20:,.4g} MiB, read + written"
+                  + ", may be cache" * (main and size < 4 * cache), sheet.gbs if main and sheet else None,
+                  "GB/s of the data sheet", 0.8, 0.6, "another process on this GPU, or ECC or throttling: see health",
+                  PLAYBOOK_H100["memory"] if main and "H100" in rt.name else "", main=main)
+
+
+def smi(query, rt):
+    """One field of nvidia-smi for this process's GPU, or None. It numbers GPUs as they sit, so they are named by their UUID."""
+    with contextlib.suppress(OSError, subprocess.SubprocessError, AttributeError):
+        uuid = str(torch.cuda.get_device_properties(rt.device).uuid)
+        out = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", f"--id=GPU-{uuid}"],
+                             capture_output=True, text=True, timeout=10)
+        value = out.stdout.strip()
+        return value if out.returncode == 0 and value and not re.search(r"N/A|Not Supported|\n", value) else None
+
+
+def probe_transfer(cfg, rt, rows):
+    """Between host and GPU: bandwidth, latency, and what launching a kernel costs."""
+    if rt.device.type != "cuda":
+        yield note("host to device", "no CUDA device here: nothing to transfer")
+        return
+    size, link, source = 2**28, None, ""
+    generation, width = smi("pcie.link.gen.max", rt), smi("pcie.link.width.current", rt)
+    if generation and width:
+        link = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.56}.get(int(generation), 0) * int(width)
+        source = f"PCIe {generation} x{width} as negotiated"
+        yield row("PCIe lanes", int(width), "lanes", f"generation {generation}", 16, "a full slot", 1, 0.5,
+                  "the card sits in a narrower slot or behind a hop")
+    there, pinned, paged = (torch.empty(size, dtype=torch.uint8, **how) for how in (
+        dict(device=rt.device), dict(pin_memory=True), {}))
+    for what, to, source_, judged in (("host to device, pinned", there, pinned, True), ("device to host, pinned", pinned, there, True),
+                                      ("host to device, pageable", there, paged, False), ("device to host, pageable", paged, there, False)):
+        best, _ = seconds_of(rt, lambda: to.copy_(source_, non_blocking=True))
+        yield row(what, size / best / 1e9, "GB/s", "one direction", link if judged else None, source, 0.8, 0.5,
+                  "an x8 or older hop, or memory of another NUMA node",
+                  PLAYBOOK_H100["transfer"] + " over PCIe 4 x8" if judged and "H100" in rt.name else "")
+
+    def wait_for(f):
+        f(), torch.cuda.synchronize()
+    yield row("4 bytes to the device", 1e6 * seconds_of(rt, lambda: wait_for(lambda: there[:4].copy_(pinned[:4])))[0], "µs", "and a wait")
+    yield row("launch of a kernel", 1e6 * seconds_of(rt, lambda: there[:4].add_(1))[0], "µs", "queued, from Python")
+
+
+def probe_peers(cfg, rt, rows):
+    """From each GPU that this process sees to the next."""
+    n = torch.cuda.device_count() if rt.device.type == "cuda" and rt.world_size == 1 else 0
+    if n < 2:
+        yield note("GPU to GPU", "fewer than two GPUs in this process")
+    sheet = data_sheet(rt.name)
+    for i in range(n if n > 1 else 0):
+        a, b = (torch.empty(2**28, dtype=torch.uint8, device=f"cuda:{d}") for d in (i, (i + 1) % n))
+        best, _ = seconds_of(rt, lambda: (b.copy_(a, non_blocking=True), torch.cuda.synchronize(i), torch.cuda.synchronize((i + 1) % n)))
+        direct = torch.cuda.can_device_access_peer(i, (i + 1) % n)
+        yield row(f"GPU {i} to GPU {(i + 1) % n}", 2**28 / best / 1e9, "GB/s", "one direction, " + ("peer access" if direct else "through the host"),
+                  sheet and sheet.peer, "GB/s of the data sheet", 0.7, 0.2, "not over NVLink: nvidia-smi topo -m",
+                  PLAYBOOK_H100["peers"] if "H100" in rt.name else "")
+
+
+# Bytes that cross a rank's link for each byte of the buffer (nccl-tests, doc/PERFORMANCE.md): with these "bus bandwidths" of
+# different collectives and numbers of ranks compare with one and the same link.
+BUS_FACTOR = {"all_reduce": lambda n: 2 * (n - 1) / n, "all_gather": lambda n: (n - 1) / n, "reduce_scatter": lambda n: (n - 1) / n,
+              "all_to_all": lambda n: (n - 1) / n, "broadcast": lambda n: 1, "send_recv": lambda n: 1}
+
+
+def probe_collectives(cfg, rt, rows):
+    """Every collective that training uses, small and large, as slow as its slowest rank; then rank by rank what it can do alone."""
+    if rt.world_size == 1:
+        yield note("collectives", "one process: torchrun --nproc_per_node=N infra.py measures them")
+        return
+    group, n, sheet = rt.group, rt.world_size, data_sheet(rt.name)
+    cuda, host = rt.device.type == "cuda", max(1, n // _env("LOCAL_WORLD_SIZE", n))
+    for size in (2**10, 2**20, 2**30 if cuda else 2**26):
+        whole, part = torch.ones(size // 4 // n * n, device=rt.device), torch.ones(size // 4 // n, device=rt.device)
+        other, right, left = torch.empty_like(whole), (rt.rank + 1) % n, (rt.rank - 1) % n
+
+        def send_recv():
+            for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, whole, right, group), dist.P2POp(dist.irecv, other, left, group)]):
+                work.wait()
+        collect = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed them
+        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+        calls = dict(all_reduce=lambda: dist.all_reduce(whole, group=group), all_gather=lambda: collect(whole, part, group=group),
+                     reduce_scatter=lambda: scatter(part, whole, group=group),
+                     all_to_all=lambda: dist.all_to_all_single(other, whole, group=group),
+                     broadcast=lambda: dist.broadcast(whole, 0, group=group), send_recv=send_recv)
+        for name, call in calls.items():
+            times = []
+            for _ in range(8 if size > 2**20 else 24):
+                dist.barrier(group)
+                start = time.perf_counter()
+                call()
+                if cuda:
+                    torch.cuda.synchronize()
+                times.append(time.perf_counter() - start)
+            slowest = torch.tensor([statistics.median(times[2:])], dtype=torch.float64, device=rt.device)
+            dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
+            seconds, bytes_ = float(slowest), whole.numel() * 4
+            large, label = size > 2**20, f"{size / 2**20:g} MiB" if size >= 2**20 else f"{size // 2**10} KiB"
+            if size == 2**10:
+                yield row(f"{name}, {label}", 1e6 * seconds, "µs", f"median of the slowest of {n} ranks")
+            else:
+                bus = bytes_ / seconds * BUS_FACTOR[name](n) / 1e9
+                yield row(f"{name}, {label}", bus, "GB/s", f"bus bandwidth, {n} ranks; {bytes_ / seconds / 1e9:.3g} by the buffer's size",
+                          sheet.peer if sheet and large and host == 1 else None, "GB/s to a peer by the data sheet", 0.7, 0.2,
+                          "fell back to PCIe or shared memory: NCCL_DEBUG=INFO, look for P2P; unset NCCL_P2P_DISABLE",
+                          PLAYBOOK_H100.get(name, "") if "H100" in rt.name and large else "")
+    for kind, pick in (("matmul", lambda r: r.get("dtype") == "bf16" or r.get("dtype") == "fp32"), ("memory", lambda r: r.get("main"))):
+        mine = [r["value"] for r in rows if r["probe"] == kind and pick(r)]
+        everyone = torch.zeros(n, dtype=torch.float64, device=rt.device)
+        everyone[rt.rank] = mine[-1] if mine else 0
+        dist.all_reduce(everyone, group=group)
+        for rank, value in enumerate(everyone.tolist()):
+            if value:
+                yield row(f"rank {rank}: {kind}", value, "TFLOP/s" if kind == "matmul" else "GB/s", "all ranks at once",
+                          statistics.median(everyone.tolist()), "median of the ranks", 0.95, 0.9, "a straggler: everybody waits for it; see its health")
+
+
+def file_system(path):
+    """Type of the file system that holds `path`: ext4, tmpfs, nfs4, ...; "" where Linux does not tell."""
+    with contextlib.suppress(OSError):
+        where, best = str(Path(path).resolve()), ("", "")
+        for _, mount, kind, *_ in map(str.split, Path("/proc/self/mounts").read_text().splitlines()):
+            mount = mount.encode().decode("unicode_escape")  # spaces are written \040
+            if (where + "/").startswith(mount.rstrip("/") + "/") and len(mount) >= len(best[0]):
+                best = mount, kind
+        return best[1]
+    return ""
+
+
+def in_page_cache(path):
+    """Share of a file's pages that are in memory (mincore)."""
+    with open(path, "r+b") as f, mmap.mmap(f.fileno(), 0) as view:
+        pages = (ctypes.c_ubyte * -(-len(view) // mmap.PAGESIZE))()
+        first = ctypes.c_char.from_buffer(view)
+        failed = ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(view)), pages)
+        del first  # else the view could not be closed
+    return math.nan if failed else sum(p & 1 for p in pages) / len(pages)
+
+
+def evict(path):
+    """Have the kernel forget a file's pages; only those that are on disk can go."""
+    fd = os.open(path, os.O_RDWR)
+    os.fsync(fd), os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED), os.close(fd)
+
+
+def timed_reads(path, flags, size, block, threads, ordered, seconds=0.3):
+    """Threads read blocks, in order or at random places, for so long or to the file's end -> (bytes/s, sorted seconds of reads)."""
+    evict(path)
+    fd, latencies, count = os.open(path, os.O_RDONLY | flags), [[] for _ in range(threads)], size // block
+    end = time.perf_counter() + seconds
+
+    def read(t):
+        buffer, luck, at = mmap.mmap(-1, block), random.Random(t), t  # an anonymous map is aligned, as O_DIRECT wants
+        while time.perf_counter() < end and at < count:
+            start = time.perf_counter()
+            os.preadv(fd, [buffer], (at if ordered else luck.randrange(count)) * block)
+            latencies[t].append(time.perf_counter() - start)
+            at += threads * ordered
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(threads) as pool:
+        list(pool.map(read, range(threads)))
+    took = time.perf_counter() - begin
+    os.close(fd)
+    everything = sorted(s for each in latencies for s in each)
+    return len(everything) * block / took, everything
+
+
+def probe_storage(cfg, rt, rows):
+    """The disk under --path: what reaches it and what comes from it, not what the page cache does."""
+    folder = Path(cfg.path)
+    path = folder / f".probe.{os.getpid()}.tmp"
+    try:
+        free = shutil.disk_usage(folder).free
+        if free < 2**28:
+            yield note(f"storage {folder}", f"{free / 1e6:,.0f} MB free: 268 at least expected, and room for checkpoints: "
+                       f"another --path", "FAIL")
+            return
+        yield from measure_storage(cfg, rt, rows, path, min(2**30, free // 2) // 2**26 * 2**26)
+    except OSError as e:
+        yield note(f"storage {folder}", f"{e.strerror or e}: a writable directory with free space expected as --path", "FAIL")
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def measure_storage(cfg, rt, rows, path, size):
+    kind, chunk, written = file_system(path.parent), 2**26, 0
+    noise = memoryview(random.Random(0).randbytes(chunk + 2**16))  # incompressible, and no two chunks alike
+    with open(path, "wb", buffering=0) as f:
+        start, times = time.perf_counter(), []
+        while written < size and time.perf_counter() - start < 5:
+            begun = time.perf_counter()
+            written += f.write(noise[written // chunk * 1031:][:chunk])
+            os.fsync(f.fileno())
+            times.append(time.perf_counter() - begun)
+        write = chunk / statistics.median(times)
+    evict(path)
+    cached, flags = in_page_cache(path), getattr(os, "O_DIRECT", 0)
+    try:
+        os.close(os.open(path, os.O_RDONLY | flags))
+    except OSError:  # this file system does not know it
+        flags = 0
+    size = written // 2**20 * 2**20
+    reads = {(order, threads): max(timed_reads(path, flags, size, block, threads, order == "sequential") for _ in range(3))
+             for order, block, counts in (("sequential", 2**20, (1, 16)), ("random", 2**14, (1, 4, 16))) for threads in counts}
+    honest = kind not in ("tmpfs", "ramfs") and cached < 0.05 and (flags or not reads) and in_page_cache(path) < 0.05
+    why = (f"{kind} lives in memory: not a disk's figure" if kind in ("tmpfs", "ramfs") else
+           "the page cache kept the file: not a disk's figure")
+    how = f"{kind or 'unknown file system'}, " + ("O_DIRECT, page cache empty (mincore)" if honest and flags else "buffered")
+    how += ", a server's cache unseen" * bool(re.match("nfs|fuse|lustre|cifs|ceph|9p|virtiofs", kind))
+    report = (lambda *a, **k: row(*a, **k)) if honest else lambda what, value, unit="", *a, **k: row(what, value, unit) | dict(advice=why)
+    yield report("write", write / 1e9, "GB/s", f"{kind or 'unknown file system'}, fsync every 64 MiB")
+    for (order, threads), (speed, latencies) in reads.items():
+        p50, p99 = (1e6 * latencies[int(q * (len(latencies) - 1))] for q in (0.5, 0.99))
+        block = "1 MiB" if order == "sequential" else "16 KiB"
+        yield report(f"{order} read, {block}, {threads} thread{'s' * (threads > 1)}", speed / 1e9, "GB/s",
+                     f"{how}; {len(latencies) and speed / (2**20 if block == '1 MiB' else 2**14):,.0f} reads/s, p50 {p50:,.0f} µs, p99 {p99:,.0f} µs")
+    if honest:
+        yield from needs(cfg, rt, rows, write, reads["random", 16][0])
+
+
+def needs(cfg, rt, rows, write, read):
+    """What the preset wants of the disk, beside what it got."""
+    from model import flops_per_token, num_params
+    c = preset_config(cfg)
+    flops = max([r["value"] * 1e12 for r in rows if r.get("square") and r["dtype"] in ("fp32", "bf16")], default=rt.peak or 0)
+    if flops:
+        gpus, width = (8 if rt.device.type == "cuda" else 1), 2 if c.vocab_size <= 65536 else 4
+        tokens = 0.3 * flops / flops_per_token(c, c.max_position_embeddings) * gpus
+        yield row(f"  {cfg.preset}: loader", read / 1e6, "MB/s", f"random reads; {tokens:,.0f} tok/s of {width} bytes at 30 % of the matmuls' speed"
+                  + " on 8 GPUs" * (gpus > 1), 10 * tokens * width / 1e6, "ten times what it reads", 1, 0.1, "the disk will stall training")
+    state, hours = 12 * num_params(c), 2.1
+    share = state / write / (hours * 3600)
+    yield row(f"  {cfg.preset}: checkpoint", state / write, "s", f"{state / 1e9:,.3g} GB; {100 * share:.2g} % of the time at one in {hours} h") | dict(
+        verdict="PASS" if share < 0.02 else "FAIL", advice="" if share < 0.02 else "2 % at most expected: a faster disk, or fewer checkpoints")
+
+
+def probe_loader(cfg, rt, rows):
+    """Our own loader: tokens/s from a cold and a warm file, and what a longer run costs at the start: nothing."""
+    import data
+    c, folder = preset_config(cfg), Path(cfg.path)
+    T, n = c.max_position_embeddings, max(1, 2**16 // c.max_position_embeddings)
+    path = folder / f".probe.{os.getpid()}.bin.tmp"
+    try:
+        if shutil.disk_usage(folder).free < 2**28:
+            raise OSError(errno.ENOSPC, "no space left")
+        np.random.default_rng(0).integers(0, 256, 2**25, dtype=np.uint16).tofile(path)
+        evict(path)
+        cold = in_page_cache(path) < 0.05 and file_system(folder) not in ("tmpfs", "ramfs")
+
+        def loader_of(steps):
+            tokens = np.memmap(path, "<u2", "r")
+            source = data.Source("random", tokens, tokens, dict(eos=256), {})
+            return data.Loader([source], "", T, steps * n, 0)
+        start, loader = time.perf_counter(), loader_of(1000)
+        loader.batch(0, n)
+        if cold:
+            yield row("loader, cold file", n * T / (time.perf_counter() - start), "tok/s", f"the first {n} rows of {T}, one thread")
+        else:
+            yield note("loader, cold file", "the page cache kept the file")
+        loader.sources[0].train.max()  # reads all of it
+        best, _ = seconds_of(SimpleNamespace(device=torch.device("cpu")), lambda: loader.batch(0, n))
+        yield row("loader, warm file", n * T / best, "tok/s", f"{n} rows of {T}, one thread")
+        starts = {}
+        for steps in (32_000, 3_200_000, 10**9):
+            before, start = resident_bytes(), time.perf_counter()
+            loader = loader_of(steps)
+            loader.batch(steps * n - n, n)
+            starts[steps] = 1e3 * (time.perf_counter() - start), max(0, resident_bytes() - before) / 2**20
+            yield row(f"loader's start, {steps:,} steps", starts[steps][0], "ms", f"{starts[steps][1]:.1f} MiB more in memory") | (
+                {} if steps == 32_000 else dict(verdict="PASS" if starts[steps][1] < starts[32_000][1] + 4 else "FAIL"))
+    except OSError as e:
+        yield note("loader", f"{folder}: {e.strerror or e}: a writable directory with free space expected as --path", "FAIL")
+    finally:
+        with contextlib.suppress(OSError):
+            path.unlink(missing_ok=True)
+
+
+def resident_bytes():
+    """Of this process, now; 0 where Linux does not tell."""
+    with contextlib.suppress(OSError):
+        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
+    return 0
+
+
+def probe_health(cfg, rt, rows):
+    """What slows a machine down without a word. What could not be read is said."""
+    unread = []
+    if rt.device.type == "cuda":
+        a = torch.randn(8192, 8192, device=rt.device, dtype=rt.dtype)
+        for _ in range(400):  # a second or two of work, queued: the figures are those under load
+            a @ a
+        fields = {"temperature": "temperature.gpu", "clock": "clocks.sm", "highest clock": "clocks.max.sm", "throttled by": "clocks_throttle_reasons.active",
+                  "power": "power.draw", "power cap": "power.limit", "default power cap": "power.default_limit",
+                  "uncorrected ECC errors": "ecc.errors.uncorrected.volatile.total", "remapped rows": "remapped_rows.uncorrectable",
+                  "rows to be remapped": "remapped_rows.pending"}
+        got = {name: smi(field, rt) for name, field in fields.items()}
+        torch.cuda.synchronize()
+        unread = [name for name, value in got.items() if value is None]
+        number = lambda name: float(got[name]) if got[name] and re.fullmatch(r"[\d.]+", got[name]) else None
+        if number("temperature") is not None:
+            yield row("GPU temperature", number("temperature"), "°C", "under load") | dict(
+                verdict="PASS" if number("temperature") < 85 else "WARN", advice="" if number("temperature") < 85 else "it will throttle: airflow")
+        if number("clock") and number("highest clock"):
+            yield row("GPU clock", number("clock"), "MHz", "under load", number("highest clock"), "MHz, the highest", 0.75, 0.5, "power or heat holds it down")
+        if got["throttled by"]:
+            bits = int(got["throttled by"], 16)  # nvml.h: nvmlClocksEventReason*
+            names = {4: "power cap", 8: "hardware slowdown", 32: "software thermal limit", 64: "heat (hardware)", 128: "power brake"}
+            active = [name for bit, name in names.items() if bits & bit]
+            bad = bool(bits & ~(1 | 2 | 4))
+            yield note("GPU throttling", ", ".join(active) or "none", "FAIL" if bad else "PASS")
+        if number("power cap") and number("default power cap"):
+            yield row("GPU power cap", number("power cap"), "W", "", number("default power cap"), "W by default", 0.99, 0.7, "somebody lowered it: nvidia-smi -pl")
+        for name in ("uncorrected ECC errors", "rows to be remapped", "remapped rows"):
+            if number(name) is not None:
+                yield row(f"GPU {name}", number(name)) | dict(verdict="PASS" if number(name) == 0 else "WARN",
+                                                              advice="" if number(name) == 0 else "a failing memory: reset, and replace it if they grow")
+    flags = set()
+    with contextlib.suppress(OSError, TypeError):
+        flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
+    known = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16") if f in flags]
+    yield note("CPU", f"{cpu_name()}; {', '.join(known) or 'no vector extensions that /proc/cpuinfo names'}")
+    yield row("threads", rt.threads, "", "", _cores() / _env("LOCAL_WORLD_SIZE", 1), "cores this process may use", 1, 0.5,
+              "OMP_NUM_THREADS is set lower") if rt.threads <= _cores() else note("threads", f"{rt.threads} on {_cores()} cores: they will spin", "WARN")
+    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    if governor.exists():
+        value = governor.read_text().strip()
+        yield note("CPU governor", value, "PASS" if value == "performance" else "WARN")
+    else:
+        unread.append("CPU governor")
+    try:
+        seen = [[int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]] for _ in range(2) if not time.sleep(0.3)]
+        ticks = [b - a for a, b in zip(*seen)]
+        stolen, others = 100 * ticks[7] / max(1, sum(ticks)), 100 * (sum(ticks) - ticks[3] - ticks[4]) / max(1, sum(ticks))
+        yield row("CPU time taken by the host", stolen, "%", "steal") | dict(verdict="PASS" if stolen < 2 else "WARN", advice="" if stolen < 2 else "a shared machine")
+        yield row("CPU time used by others", others, "%", "while this process slept") | dict(
+            verdict="PASS" if others < 10 else "WARN", advice="" if others < 10 else "something else runs here: every figure above is too low")
+    except (OSError, ValueError):
+        unread.append("steal time")
+    for what, file in (("CPU quota", "cpu.max"), ("memory limit", "memory.max")):
+        try:
+            yield note(what, "cgroup: " + (Path("/sys/fs/cgroup") / file).read_text().strip())
+        except OSError:
+            unread.append(f"{what} (cgroup)")
+    if unread:
+        yield note("not readable here", ", ".join(unread))
+
+
+PROBES = dict(matmul=probe_matmul, memory=probe_memory, transfer=probe_transfer, peers=probe_peers, collectives=probe_collectives,
+              storage=probe_storage, loader=probe_loader, health=probe_health)
+
+
+def preset_config(cfg):
+    """The preset's model.Config."""
+    import model
+    return model.Config(**model.PRESETS[cfg.preset])
+
+
+def main(cfg):
+    """Run the probes; prints the table row by row and returns the rows."""
+    import model
+    rt = setup(cfg)
+    cfg = dataclasses.replace(cfg, preset=cfg.preset or ("smollm3-3b" if rt.device.type == "cuda" else "small"))
+    if cfg.preset not in model.PRESETS:
+        raise SystemExit(f"--preset={cfg.preset}: {', '.join(model.PRESETS)} expected")
+    wanted = [w for w in cfg.only.split(",") if w] or list(PROBES)
+    if set(wanted) - set(PROBES):
+        raise SystemExit(f"--only={cfg.only}: {', '.join(PROBES)} expected")
+    rows, rt.group = [], None
+    if rt.world_size > 1:  # connected now: who waits for a rank that has died since is told, not kept
+        rt.group = dist.new_group(timeout=timedelta(seconds=60))
+        dist.barrier(rt.group)
+    print(f"{rt.name} | {rt.world_size} process{'es' * (rt.world_size > 1)} | torch {torch.__version__} | {time.strftime('%Y-%m-%d')}")
+    with Stop() as stop:  # torchrun ends the ranks that are left when one dies; the table is still printed
+        for name, probe in PROBES.items():
+            if name not in wanted or rt.rank and name in ("storage", "loader", "health"):
+                continue
+            try:
+                for r in probe(cfg, rt, rows):
+                    rows.append(dict(probe=name) | r)
+                    show_row(rows[-1])
+            except Exception as e:  # a rank that died, memory that is not there: a row, and on with the rest
+                text = str(e).strip().splitlines() or [""]
+                lost = "a rank has died or hangs: its own output says why; " * (name == "collectives")
+                rows.append(dict(probe=name) | note(name, f"{lost}{type(e).__name__}: {text[0][:150]}", "FAIL"))
+                show_row(rows[-1])
+    if cfg.json and rt.rank == 0:
+        write_json(cfg.json, dict(machine=rt.name, date=time.strftime("%Y-%m-%d"), torch=torch.__version__, rows=[finite(r) for r in rows]))
+    bad = [r["what"].strip() for r in rows if r["verdict"] == "FAIL"]
+    print(f"{len(rows)} rows, {len(bad)} FAIL" + ": " * bool(bad) + ", ".join(bad))
+    if cfg.strict and bad:
+        raise SystemExit(1)
+    return dict(machine=rt.name, rows=rows)
+
+
 if __name__ == "__main__":
-    print("infra.py holds the runtime that the other scripts import; its probes are still to come. Try: python train.py")
+    import model
+    launch(main, cli(Config, {name: dict(preset=name) for name in model.PRESETS}))
