@@ -589,7 +589,7 @@ def bench(cfg, rt, steps=7):
                   spread=[round(n / s) for s, _, n in (seconds[-1], seconds[0])],
                   seconds_per_step=round(whole, 4), rollout_seconds=round(sampling, 4), new_tokens=tokens,
                   mfu=rt.peak and round(tokens / whole * flops / rt.peak / rt.world_size, 4),
-                  mfu_convention="(2N + 6N + 12LHDT) FLOPs per new token / published dense bf16 peak; null: no published peak",
+                  mfu_convention=f"(2N + 6N + 12LHDT) FLOPs per new token / {rt.peak_source}",
                   peak_memory_bytes=infra.peak_memory(rt.device), prompts=cfg.prompts, num_generations=cfg.num_generations,
                   max_new_tokens=cfg.max_new_tokens, optimizer=cfg.optimizer, micro_batch=cfg.micro_batch, compile=cfg.compile,
                   processes=rt.world_size, tp=cfg.tp, dtype=str(rt.dtype)[6:], params=nano.num_params(model.config),

@@ -1,4 +1,11 @@
-"""The machine. Top half: the runtime that every script shares. (Probes and the capacity planner will be the bottom half.)
+"""The machine. Top half: the runtime that every script shares. Bottom half: is it what you paid for, and what would a run take?
+
+    python infra.py                          probes, one table: matmuls, memory, transfers, disk, loader, health
+    python infra.py --only=storage --path=/scratch --json=FILE --strict
+    torchrun --nproc_per_node=2 infra.py     collectives and stragglers too
+    python infra.py plan                     the default model on this machine: tokens/s and peak memory
+    python infra.py plan smollm3-3b --tokens=11.2e12 --gpus=384 --gpu=h100       days, memory, layout, traffic, cost
+    python infra.py plan smollm3-3b --tokens=11.2e12 --why                       should it be trained at all?
 
     cli(Config, presets)    one dataclass -> `python X.py [preset] --key=value`, --help, --config=FILE.toml|json
     setup(cfg)              device, dtype, threads, process groups, seed
@@ -7,11 +14,10 @@
 
 Importing this file measures nothing and starts nothing.
 """
-import contextlib, ctypes, dataclasses, difflib, errno, inspect, json, math, mmap, os, platform, random, re, shutil, signal, statistics
-import subprocess, sys, threading, time, tomllib
+import contextlib, ctypes, dataclasses, datetime, difflib, errno, inspect, itertools, json, math, mmap, os, platform, random, re
+import shutil, signal, statistics, subprocess, sys, threading, time, tomllib
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
-from datetime import timedelta
 from pathlib import Path
 from types import SimpleNamespace
 from typing import get_type_hints
@@ -64,7 +70,7 @@ def _comments(Config):
     """field -> its trailing comment, which is its help text (inherited fields included)."""
     notes = {}
     for cls in reversed(Config.__mro__[:-1]):
-        notes |= dict(re.findall(r"^ {4}(\w+): .*?#\s*(.*)$", inspect.getsource(cls), re.M))
+        notes |= dict(re.findall(r"^ +(\w+): .*?#\s*(.*)$", inspect.getsource(cls), re.M))
     return notes
 
 
@@ -151,6 +157,7 @@ class Machine:
     compile: bool = False          # torch.compile: half a minute at first, pays on long runs
     tp: int = 1                    # processes (torchrun) that share one model, tensor-parallel; all others are data-parallel
     tp_same_seed: str = "off"      # on: SmolLM3's bug, refused by the check at the start; ignore: train with it
+    probe: str = ""                # MFU against what this machine was measured to do: FILE of `python infra.py --json=FILE`
 
 
 def _native_bf16(device):
@@ -198,7 +205,7 @@ def setup(cfg):
     """Prepare this process, alone or under torchrun. Reads the fields of Machine.
 
     Returns a namespace: device, dtype (what the matmuls run in; weights, optimizer and loss stay float32), threads, name (of
-    the hardware), peak (dense FLOP/s in that dtype, or None when nobody published one); rank, world_size, local_rank,
+    the hardware), peak (dense FLOP/s in that dtype, or None when nobody published one) and peak_source; rank, world_size, local_rank,
     restarts (how often torchrun has started this job again); dp_rank, dp_size, dp_group; tp_rank, tp_size, tp_group.
     A group of one process is None. Only rank 0 prints: stdout of the others leads nowhere; errors come from every rank.
     """
@@ -225,8 +232,10 @@ def setup(cfg):
     torch.manual_seed(cfg.seed + TP_SEED_STRIDE * (rank % cfg.tp) * (cfg.tp_same_seed == "off"))
     cuda, threads = device.type == "cuda", torch.get_num_threads()
     name = torch.cuda.get_device_name(device) if cuda else f"{cpu_name()}, {threads} thread{'s' * (threads > 1)}"
+    published = peak_flops(name) if cuda and dtype == torch.bfloat16 else None
     return SimpleNamespace(device=device, dtype=dtype, threads=threads, name=name,
-                           peak=peak_flops(name) if cuda and dtype == torch.bfloat16 else None,
+                           peak=measured_peak(cfg.probe, name, dtype) if cfg.probe else published,
+                           peak_source="matmul measured here" if cfg.probe else "published dense bf16 peak; null: there is none",
                            rank=rank, world_size=world, local_rank=_env("LOCAL_RANK", 0),
                            restarts=_env("TORCHELASTIC_RESTART_COUNT", 0),
                            dp_rank=rank // cfg.tp, dp_size=world // cfg.tp, dp_group=dp_group,
@@ -539,32 +548,32 @@ class Log:
 
 
 # --- probes: is the machine what you paid for? -----------------------------------------------------------------------
-# A probe is a generator of rows. What a part of the machine can do is the best of several tries (as in STREAM and in
-# mamf-finder: what disturbs a try only ever makes it slower); what others wait for is the slowest rank's median.
+# A probe is a generator of rows. What one part of the machine can do is the best of several tries, as in STREAM and in
+# mamf-finder, for whatever disturbs a try makes it slower; what ranks do together is as slow as the slowest of them.
 
 @dataclasses.dataclass
 class Config(Machine):
-    preset: str = ""          # whose shapes and needs; default: small, on a GPU smollm3-3b (a bare word does it too)
-    only: str = ""            # matmul,memory,transfer,peers,collectives,storage,loader,health; default: all
-    path: str = "."           # directory whose disk is measured: where data and checkpoints will lie
-    json: str = ""            # write the rows to this file; other scripts take it as --probe
-    strict: bool = False      # exit with status 1 if anything FAILs
+    preset: str = ""     # whose shapes and needs; default: small, on a GPU smollm3-3b (a bare word does it too)
+    only: str = ""       # matmul,memory,transfer,peers,collectives,storage,loader,health; default: all
+    path: str = "."      # directory whose disk is measured: where data and checkpoints will lie
+    json: str = ""       # write the rows to this file, which the other scripts take as --probe
+    strict: bool = False  # exit with status 1 if anything FAILs
 
 
-# The playbook's own measurements on 8 x H100 (its chapter on infrastructure), corrected: it sets fp8 beside 3960, the figure
-# for sparse matrices, where dense ones reach 1979; and its row "fp32" ran in TF32, whose dense peak is 495, not 67.
-PLAYBOOK_H100 = {"bf16": "714-758", "fp16": "687-732", "fp8": "1210-1457", "tf32": "356-396", "memory": "3040", "transfer": "14.2",
-                 "peers": "364.9", "all_reduce": "480", "all_to_all": "340"}
+# The playbook's measurements on 8 x H100 (its chapter on infrastructure), corrected: it sets fp8 beside 3960, a figure for
+# sparse matrices where dense ones reach 1979; and its row "fp32" ran in TF32, whose dense peak is 495, not 67.
+PLAYBOOK_H100 = {"bf16": "714-758", "fp16": "687-732", "fp8": "1210-1457", "tf32": "356-396", "copy": "3040",
+                 "host": "14.2 over PCIe 4 x8", "peer": "364.9", "all_reduce": "480", "all_to_all": "344"}
 
 
 def row(what, value, unit="", convention="", reference=None, source="", good=0.7, poor=0.5, advice="", playbook="", **more):
-    """One line of the table. reference: what the value is compared with, in the same unit, and where that figure is from; None:
-    nobody published one, and nothing is judged. PASS from good * reference on, FAIL below poor * reference."""
+    """One line of the table. reference: what the value is set beside, in the same unit, and the source of that; None: nobody
+    published a figure, and nothing is judged. PASS from good * reference on, FAIL below poor * reference."""
     share = value / reference if value is not None and reference else None
     verdict = "n/a" if share is None else "PASS" if share >= good else "WARN" if share >= poor else "FAIL"
     return dict(what=what, value=value, unit=unit, convention=convention, reference=reference, source=source,
-                percent=share and round(100 * share, 1), verdict=verdict, advice=advice if verdict in ("WARN", "FAIL") else "",
-                playbook=playbook) | more
+                percent=None if share is None else round(100 * share, 1), verdict=verdict,
+                advice=advice if verdict in ("WARN", "FAIL") else "", playbook=playbook) | more
 
 
 def note(what, text, verdict="n/a"):
@@ -572,16 +581,21 @@ def note(what, text, verdict="n/a"):
     return row(what, None) | dict(verdict=verdict, advice=text)
 
 
+def judged(row, fine, advice, verdict="WARN"):
+    """The row with a verdict of its own, where no share of a reference tells it."""
+    return row | (dict(verdict="PASS") if fine else dict(verdict=verdict, advice=advice))
+
+
 def show_row(r):
     number = "" if r["value"] is None else f"{r['value']:,.0f}" if r["value"] >= 100 else f"{r['value']:.3g}"
     percent = "" if r["percent"] is None else f"{r['percent']:.0f} %"
-    text = "; ".join(filter(None, (r["advice"], r["percent"] is not None and f"of {r['reference']:,.4g}, {r['source']}",
-                                   r["playbook"] and f"playbook's H100: {r['playbook']}", r["convention"])))
-    print(f"{r['what']:34} {number:>9} {r['unit']:9} {percent:>6}  {r['verdict']:4}  {text}", flush=True)
+    text = [r["advice"], r["reference"] and f"of {r['reference']:,.4g}, {r['source']}",
+            r["playbook"] and f"playbook's H100: {r['playbook']}", r["convention"]]
+    print(f"{r['what']:36} {number:>10} {r['unit']:8} {percent:>6}  {r['verdict']:4}  {'; '.join(filter(None, text))}", flush=True)
 
 
 def seconds_of(rt, call, samples=7, least=0.02):
-    """Seconds of one call(): (best, median) of `samples`, each of as many calls as fill `least` seconds; two seconds in all."""
+    """Seconds of one call(): the best of `samples`, each of as many calls as fill `least` seconds; two seconds at most in all."""
     wait = getattr(torch, rt.device.type).synchronize if rt.device.type in ("cuda", "mps") else lambda: None
     now, times = time.perf_counter, []
     call(), wait()
@@ -594,68 +608,64 @@ def seconds_of(rt, call, samples=7, least=0.02):
             call()
         wait()
         times.append((now() - start) / calls)
-    return min(times), statistics.median(times)
+    return min(times)
 
 
-def matmul_tflops(rt, m, k, n, kind):
-    """TFLOP/s of (m, k) @ (k, n) in fp32, tf32, bf16, fp16 or fp8, of random numbers: multiplying zeros draws less power."""
+def tflops(rt, m, k, n, kind):
+    """TFLOP/s of (m, k) @ (k, n) in fp32, tf32, bf16, fp16 or fp8; of random numbers, for zeros draw less power."""
     dtype = dict(fp32="float32", tf32="float32", bf16="bfloat16", fp16="float16", fp8="float8_e4m3fn")[kind]
-    a, b = (torch.randn(size, device=rt.device).to(getattr(torch, dtype)) for size in ((m, k), (n, k)))
-    precision, one = torch.get_float32_matmul_precision(), torch.ones((), device=rt.device)
+    a, b = (torch.randn(shape, device=rt.device).to(getattr(torch, dtype)) for shape in ((m, k), (n, k)))
+    one, precision = torch.ones((), device=rt.device), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
     try:
-        if kind == "fp8":
-            best, _ = seconds_of(rt, lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16))
-        else:
-            best, _ = seconds_of(rt, lambda: torch.mm(a, b.T))
+        return 2e-12 * m * k * n / seconds_of(rt, (lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16))
+                                              if kind == "fp8" else lambda: torch.mm(a, b.T))
     finally:
         torch.set_float32_matmul_precision(precision)
-    return 2 * m * k * n / best / 1e12
 
 
 def probe_matmul(cfg, rt, rows):
     """Every dtype that the device multiplies, at a large square and at the preset's own shapes."""
-    cuda, sheet, c = rt.device.type == "cuda", data_sheet(rt.name), preset_config(cfg)
-    size, kinds, found = 8192 if cuda else 2048, ["fp32", "bf16"], {}
-    if cuda:
-        capability = torch.cuda.get_device_capability(rt.device)
-        nvidia = torch.version.hip is None
-        kinds = ["fp32", *["tf32"] * (nvidia and capability >= (8, 0)), *["bf16"] * _native_bf16(rt.device), "fp16",
-                 *["fp8"] * (not nvidia or capability >= (8, 9))]
-    for kind in kinds:
+    cuda, sheet, h100, c, found = rt.device.type == "cuda", data_sheet(rt.name), "H100" in rt.name, shape_of(cfg), {}
+    nvidia = cuda and torch.version.hip is None
+    capability = torch.cuda.get_device_capability(rt.device) if nvidia else (99, 0)
+    kinds = dict(fp32=True, tf32=nvidia and capability >= (8, 0), bf16=not cuda or _native_bf16(rt.device), fp16=cuda,
+                 fp8=cuda and capability >= (8, 9))
+    size = 8192 if cuda else 2048
+    for kind in filter(kinds.get, kinds):
         try:
-            found[kind] = matmul_tflops(rt, size, size, size, kind)
-        except RuntimeError as e:  # fp8 on hardware that this build of torch does not serve
+            found[kind] = tflops(rt, size, size, size, kind)
+        except RuntimeError as e:  # fp8 where this build of torch has no kernel for it
             yield note(f"matmul {kind}", str(e).splitlines()[0][:100])
             continue
-        peak = sheet and (sheet.bf16 and sheet.bf16 / 2 if kind == "tf32" else getattr(sheet, kind))
-        reference, source, good, poor, advice = peak, "dense TFLOP/s of the data sheet", 0.7, 0.5, (
-            "clocks (nvidia-smi -q -d CLOCK), power cap, another process on this GPU, or kernels of another architecture")
+        more = dict(convention=f"{size}³", dtype=kind, square=True, playbook=PLAYBOOK_H100.get(kind, "") if h100 else "")
         if not cuda and kind == "bf16":
-            reference, source, good, poor = found["fp32"], "fp32 here", 1.2, 0.8
-            advice = "bf16 is emulated or hardly faster here: --dtype=float32"
-        yield row(f"matmul {kind}", found[kind], "TFLOP/s", f"{size}³", reference, source, good, poor, advice,
-                  PLAYBOOK_H100.get(kind, "") if "H100" in rt.name else "", dtype=kind, square=True)
-    main = dict(float32="tf32" if "tf32" in found else "fp32", bfloat16="bf16")[str(rt.dtype)[6:]]
+            more |= dict(reference=found["fp32"], source="fp32 here", good=1.2, poor=0.8,
+                         advice="bf16 is emulated or hardly faster here: --dtype=float32")
+        elif sheet:
+            more |= dict(reference=sheet.bf16 and sheet.bf16 / 2 if kind == "tf32" else getattr(sheet, kind),
+                         source="dense, data sheet", advice="clocks and power cap (see health), another process on this GPU, "
+                                                            "or kernels made for another architecture")
+        yield row(f"matmul {kind}", found[kind], "TFLOP/s", **more)
+    main = "bf16" if rt.dtype == torch.bfloat16 else "tf32" if "tf32" in found else "fp32"
     if not cuda and rt.threads > 1:
         torch.set_num_threads(1)
-        alone = matmul_tflops(rt, size, size, size, main)
+        alone = tflops(rt, size, size, size, main)
         torch.set_num_threads(rt.threads)
         yield row(f"matmul {main}, 1 thread", alone, "TFLOP/s", f"{size}³")
         yield row(f"matmul {main}, {rt.threads} threads against 1", found[main] / alone, "times", "", rt.threads, "threads", 0.8, 0.6,
-                  "threads share multipliers (hyperthreads), memory or a power budget, or neighbours use the cores")
-    tokens, d, D = 8192 if cuda else 2048, c.hidden_size, c.head_size
-    shapes = {"q, o": (d, c.num_attention_heads * D), "k, v": (d, c.num_key_value_heads * D),
-              "gate, up": (d, c.intermediate_size), "down": (c.intermediate_size, d), "head": (d, c.vocab_size or 320)}
-    for name, (k, n) in shapes.items():
-        yield row(f"  {cfg.preset}: {name}", matmul_tflops(rt, tokens, k, n, main), "TFLOP/s", f"{tokens} x {k} x {n}, {main}", found[main],
-                  "the square", 0.5, 0, "this shape wastes the machine: wider matrices, more tokens, multiples of 64")
+                  "hyperthreads share a multiplier, or others use the cores: try OMP_NUM_THREADS at half")
+    tokens, d, heads = 8192 if cuda else 2048, c.hidden_size, c.head_size
+    for name, k, n in (("q, o", d, c.num_attention_heads * heads), ("k, v", d, c.num_key_value_heads * heads),
+                       ("gate, up", d, c.intermediate_size), ("down", c.intermediate_size, d), ("head", d, c.vocab_size)):
+        yield row(f"  {cfg.preset}: {name}", tflops(rt, tokens, k, n, main), "TFLOP/s", f"{tokens} x {k} x {n}, {main}", found[main],
+                  "the square", 0.5, 0, "this shape wastes the machine: more tokens, wider matrices, multiples of 64")
 
 
 def free_memory():
-    """Bytes that can still be used, as far as Linux and its cgroup tell."""
+    """Bytes that can still be used, as far as Linux and its cgroup tell; else 8 GiB."""
     free = 2**33
-    with contextlib.suppress(OSError, ValueError):
+    with contextlib.suppress(OSError, ValueError):  # "max" is no number, and no limit
         free = int(re.search(r"MemAvailable:\s*(\d+)", Path("/proc/meminfo").read_text())[1]) * 1024
         group = Path("/sys/fs/cgroup")
         free = min(free, int((group / "memory.max").read_text()) - int((group / "memory.current").read_text()))
@@ -663,364 +673,353 @@ def free_memory():
 
 
 def last_level_cache():
-    """Bytes, or None where Linux does not tell."""
+    """Bytes; 32 MiB where Linux does not tell."""
     sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max((int(s[:-1]) * dict(K=2**10, M=2**20, G=2**30)[s[-1]] for s in sizes), default=None)
+    return max((int(s[:-1]) * dict(K=2**10, M=2**20, G=2**30)[s[-1]] for s in sizes), default=2**25)
 
 
 def probe_memory(cfg, rt, rows):
     """Copies within the device's memory, large and small."""
     cuda, sheet = rt.device.type == "cuda", data_sheet(rt.name)
-    cache = 2**26 if cuda else last_level_cache() or 2**25
+    cache = 2**26 if cuda else last_level_cache()
     free = torch.cuda.mem_get_info(rt.device)[0] if cuda else free_memory() // _env("LOCAL_WORLD_SIZE", 1)
     large = min(2**30 if cuda else max(2**28, 4 * cache), free // 4)
     for what, size in (("memory", large), ("cache-sized", cache // 4), ("sub-megabyte", 2**18)):
         a, b = (torch.ones(size // 4, device=rt.device) for _ in "ab")
-        best, _ = seconds_of(rt, lambda: b.copy_(a))
         main = what == "memory"
-        yield row(f"copy, {what}", 2 * size / best / 1e9, "GB/s", f"{size / 2**20:,.4g} MiB, read + written"
-                  + ", may be cache" * (main and size < 4 * cache), sheet.gbs if main and sheet else None,
-                  "GB/s of the data sheet", 0.8, 0.6, "another process on this GPU, or ECC or throttling: see health",
-                  PLAYBOOK_H100["memory"] if main and "H100" in rt.name else "", main=main)
+        yield row(f"copy, {what}", 2e-9 * size / seconds_of(rt, lambda: b.copy_(a)), "GB/s", f"{size / 2**20:,.4g} MiB, read + written"
+                  + ", may be cache" * (main and size < 4 * cache), sheet.gbs if main and sheet else None, "data sheet", 0.8, 0.6,
+                  "another process on this GPU, throttling: see health", PLAYBOOK_H100["copy"] if main and "H100" in rt.name else "",
+                  main=main)
 
 
-def smi(query, rt):
-    """One field of nvidia-smi for this process's GPU, or None. It numbers GPUs as they sit, so they are named by their UUID."""
+def smi(rt, field):
+    """One field of nvidia-smi for this process's GPU, or None. It counts GPUs in another order than CUDA: the UUID tells."""
     with contextlib.suppress(OSError, subprocess.SubprocessError, AttributeError):
-        uuid = str(torch.cuda.get_device_properties(rt.device).uuid)
-        out = subprocess.run(["nvidia-smi", f"--query-gpu={query}", "--format=csv,noheader,nounits", f"--id=GPU-{uuid}"],
-                             capture_output=True, text=True, timeout=10)
-        value = out.stdout.strip()
-        return value if out.returncode == 0 and value and not re.search(r"N/A|Not Supported|\n", value) else None
+        gpu = f"GPU-{torch.cuda.get_device_properties(rt.device).uuid}"
+        done = subprocess.run(["nvidia-smi", f"--query-gpu={field}", "--format=csv,noheader,nounits", f"--id={gpu}"],
+                              capture_output=True, text=True, timeout=10)
+        value = done.stdout.strip()
+        return value if done.returncode == 0 and value and not re.search(r"N/A|Not Supported|\n", value) else None
 
 
 def probe_transfer(cfg, rt, rows):
-    """Between host and GPU: bandwidth, latency, and what launching a kernel costs."""
+    """Between host and GPU: bandwidth, latency, and what the launch of a kernel costs."""
     if rt.device.type != "cuda":
         yield note("host to device", "no CUDA device here: nothing to transfer")
         return
     size, link, source = 2**28, None, ""
-    generation, width = smi("pcie.link.gen.max", rt), smi("pcie.link.width.current", rt)
-    if generation and width:
-        link = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.56}.get(int(generation), 0) * int(width)
-        source = f"PCIe {generation} x{width} as negotiated"
-        yield row("PCIe lanes", int(width), "lanes", f"generation {generation}", 16, "a full slot", 1, 0.5,
-                  "the card sits in a narrower slot or behind a hop")
-    there, pinned, paged = (torch.empty(size, dtype=torch.uint8, **how) for how in (
-        dict(device=rt.device), dict(pin_memory=True), {}))
-    for what, to, source_, judged in (("host to device, pinned", there, pinned, True), ("device to host, pinned", pinned, there, True),
-                                      ("host to device, pageable", there, paged, False), ("device to host, pageable", paged, there, False)):
-        best, _ = seconds_of(rt, lambda: to.copy_(source_, non_blocking=True))
-        yield row(what, size / best / 1e9, "GB/s", "one direction", link if judged else None, source, 0.8, 0.5,
+    generation, lanes = smi(rt, "pcie.link.gen.max"), smi(rt, "pcie.link.width.current")
+    if generation and lanes:
+        lane = {"1": 0.25, "2": 0.5, "3": 0.985, "4": 1.969, "5": 3.938, "6": 7.563}.get(generation, 0)
+        link, source = lane * int(lanes), f"PCIe {generation} x{lanes} as negotiated"
+        yield row("PCIe lanes", int(lanes), "", "", 16, "a full slot", 1, 0.5, "a narrower slot, or a hop on the way")
+    there, pinned = torch.empty(size, dtype=torch.uint8, device=rt.device), torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    paged = torch.empty(size, dtype=torch.uint8)
+    for what, to, come in (("host to device, pinned", there, pinned), ("device to host, pinned", pinned, there),
+                           ("host to device, pageable", there, paged), ("device to host, pageable", paged, there)):
+        speed, is_pinned = size / 1e9 / seconds_of(rt, lambda: to.copy_(come, non_blocking=True)), paged not in (to, come)
+        yield row(what, speed, "GB/s", "one direction", link if is_pinned else None, source, 0.8, 0.5,
                   "an x8 or older hop, or memory of another NUMA node",
-                  PLAYBOOK_H100["transfer"] + " over PCIe 4 x8" if judged and "H100" in rt.name else "")
+                  PLAYBOOK_H100["host"] if is_pinned and "H100" in rt.name else "")
 
-    def wait_for(f):
-        f(), torch.cuda.synchronize()
-    yield row("4 bytes to the device", 1e6 * seconds_of(rt, lambda: wait_for(lambda: there[:4].copy_(pinned[:4])))[0], "µs", "and a wait")
-    yield row("launch of a kernel", 1e6 * seconds_of(rt, lambda: there[:4].add_(1))[0], "µs", "queued, from Python")
+    def round_trip():
+        there[:4].copy_(pinned[:4], non_blocking=True)
+        torch.cuda.synchronize()
+    yield row("4 bytes to the device", 1e6 * seconds_of(rt, round_trip), "µs", "and a wait for them")
+    yield row("launch of a kernel", 1e6 * seconds_of(rt, lambda: there[:4].add_(1)), "µs", "from Python, queued")
 
 
 def probe_peers(cfg, rt, rows):
     """From each GPU that this process sees to the next."""
-    n = torch.cuda.device_count() if rt.device.type == "cuda" and rt.world_size == 1 else 0
+    n, sheet = torch.cuda.device_count() if rt.device.type == "cuda" and rt.world_size == 1 else 0, data_sheet(rt.name)
     if n < 2:
         yield note("GPU to GPU", "fewer than two GPUs in this process")
-    sheet = data_sheet(rt.name)
-    for i in range(n if n > 1 else 0):
-        a, b = (torch.empty(2**28, dtype=torch.uint8, device=f"cuda:{d}") for d in (i, (i + 1) % n))
-        best, _ = seconds_of(rt, lambda: (b.copy_(a, non_blocking=True), torch.cuda.synchronize(i), torch.cuda.synchronize((i + 1) % n)))
-        direct = torch.cuda.can_device_access_peer(i, (i + 1) % n)
-        yield row(f"GPU {i} to GPU {(i + 1) % n}", 2**28 / best / 1e9, "GB/s", "one direction, " + ("peer access" if direct else "through the host"),
-                  sheet and sheet.peer, "GB/s of the data sheet", 0.7, 0.2, "not over NVLink: nvidia-smi topo -m",
-                  PLAYBOOK_H100["peers"] if "H100" in rt.name else "")
+        return
+    for i, j in ((i, (i + 1) % n) for i in range(n)):
+        a, b = (torch.empty(2**28, dtype=torch.uint8, device=f"cuda:{gpu}") for gpu in (i, j))
+
+        def copy():
+            b.copy_(a, non_blocking=True)
+            torch.cuda.synchronize(i), torch.cuda.synchronize(j)
+        way = "peer access" if torch.cuda.can_device_access_peer(i, j) else "through the host"
+        yield row(f"GPU {i} to GPU {j}", 2**28 / 1e9 / seconds_of(rt, copy), "GB/s", f"one direction, {way}", sheet and sheet.peer,
+                  "data sheet", 0.7, 0.2, "not over NVLink: nvidia-smi topo -m", PLAYBOOK_H100["peer"] if "H100" in rt.name else "")
 
 
-# Bytes that cross a rank's link for each byte of the buffer (nccl-tests, doc/PERFORMANCE.md): with these "bus bandwidths" of
-# different collectives and numbers of ranks compare with one and the same link.
-BUS_FACTOR = {"all_reduce": lambda n: 2 * (n - 1) / n, "all_gather": lambda n: (n - 1) / n, "reduce_scatter": lambda n: (n - 1) / n,
-              "all_to_all": lambda n: (n - 1) / n, "broadcast": lambda n: 1, "send_recv": lambda n: 1}
+# Bytes over a rank's link for each byte of the whole buffer (nccl-tests, doc/PERFORMANCE.md): "bus bandwidth" is what compares
+# collectives and numbers of ranks with one and the same link.
+BUS_FACTOR = dict(all_reduce=lambda n: 2 * (n - 1) / n, all_gather=lambda n: (n - 1) / n, reduce_scatter=lambda n: (n - 1) / n,
+                  all_to_all=lambda n: (n - 1) / n, broadcast=lambda n: 1, send_recv=lambda n: 1)
+
+
+def collective_calls(rt, size):
+    """-> ({name: call}, bytes of the buffer, a multiple of ranks)."""
+    n, group = rt.world_size, rt.group
+    whole, part = torch.ones(size // 4 // n * n, device=rt.device), torch.ones(size // 4 // n, device=rt.device)
+    other = torch.empty_like(whole)
+    collect = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed them
+    scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+    def send_recv():  # round the ring
+        ops = [dist.P2POp(dist.isend, whole, (rt.rank + 1) % n, group), dist.P2POp(dist.irecv, other, (rt.rank - 1) % n, group)]
+        for work in dist.batch_isend_irecv(ops):
+            work.wait()
+    return dict(all_reduce=lambda: dist.all_reduce(whole, group=group), all_gather=lambda: collect(whole, part, group=group),
+                reduce_scatter=lambda: scatter(part, whole, group=group),
+                all_to_all=lambda: dist.all_to_all_single(other, whole, group=group),
+                broadcast=lambda: dist.broadcast(whole, 0, group=group), send_recv=send_recv), 4 * whole.numel()
 
 
 def probe_collectives(cfg, rt, rows):
-    """Every collective that training uses, small and large, as slow as its slowest rank; then rank by rank what it can do alone."""
-    if rt.world_size == 1:
+    """What training's ranks do together, small and large; then what each of them can do alone, beside the others."""
+    n, cuda, sheet = rt.world_size, rt.device.type == "cuda", data_sheet(rt.name)
+    if n == 1:
         yield note("collectives", "one process: torchrun --nproc_per_node=N infra.py measures them")
         return
-    group, n, sheet = rt.group, rt.world_size, data_sheet(rt.name)
-    cuda, host = rt.device.type == "cuda", max(1, n // _env("LOCAL_WORLD_SIZE", n))
     for size in (2**10, 2**20, 2**30 if cuda else 2**26):
-        whole, part = torch.ones(size // 4 // n * n, device=rt.device), torch.ones(size // 4 // n, device=rt.device)
-        other, right, left = torch.empty_like(whole), (rt.rank + 1) % n, (rt.rank - 1) % n
-
-        def send_recv():
-            for work in dist.batch_isend_irecv([dist.P2POp(dist.isend, whole, right, group), dist.P2POp(dist.irecv, other, left, group)]):
-                work.wait()
-        collect = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed them
-        scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
-        calls = dict(all_reduce=lambda: dist.all_reduce(whole, group=group), all_gather=lambda: collect(whole, part, group=group),
-                     reduce_scatter=lambda: scatter(part, whole, group=group),
-                     all_to_all=lambda: dist.all_to_all_single(other, whole, group=group),
-                     broadcast=lambda: dist.broadcast(whole, 0, group=group), send_recv=send_recv)
+        calls, buffer = collective_calls(rt, size)
+        label, large = f"{size // 2**20} MiB" if size >= 2**20 else f"{size // 2**10} KiB", size > 2**20
         for name, call in calls.items():
             times = []
-            for _ in range(8 if size > 2**20 else 24):
-                dist.barrier(group)
+            for _ in range(8 if large else 24):
+                dist.barrier(rt.group)
                 start = time.perf_counter()
                 call()
                 if cuda:
                     torch.cuda.synchronize()
                 times.append(time.perf_counter() - start)
-            slowest = torch.tensor([statistics.median(times[2:])], dtype=torch.float64, device=rt.device)
-            dist.all_reduce(slowest, dist.ReduceOp.MAX, group=group)
-            seconds, bytes_ = float(slowest), whole.numel() * 4
-            large, label = size > 2**20, f"{size / 2**20:g} MiB" if size >= 2**20 else f"{size // 2**10} KiB"
+            slowest = torch.tensor([statistics.median(times[2:])], device=rt.device)
+            dist.all_reduce(slowest, dist.ReduceOp.MAX, group=rt.group)
+            seconds, how = float(slowest), f"median of the slowest of {n} ranks"
             if size == 2**10:
-                yield row(f"{name}, {label}", 1e6 * seconds, "µs", f"median of the slowest of {n} ranks")
-            else:
-                bus = bytes_ / seconds * BUS_FACTOR[name](n) / 1e9
-                yield row(f"{name}, {label}", bus, "GB/s", f"bus bandwidth, {n} ranks; {bytes_ / seconds / 1e9:.3g} by the buffer's size",
-                          sheet.peer if sheet and large and host == 1 else None, "GB/s to a peer by the data sheet", 0.7, 0.2,
-                          "fell back to PCIe or shared memory: NCCL_DEBUG=INFO, look for P2P; unset NCCL_P2P_DISABLE",
-                          PLAYBOOK_H100.get(name, "") if "H100" in rt.name and large else "")
-    for kind, pick in (("matmul", lambda r: r.get("dtype") == "bf16" or r.get("dtype") == "fp32"), ("memory", lambda r: r.get("main"))):
-        mine = [r["value"] for r in rows if r["probe"] == kind and pick(r)]
-        everyone = torch.zeros(n, dtype=torch.float64, device=rt.device)
+                yield row(f"{name}, {label}", 1e6 * seconds, "µs", how)
+                continue
+            one_machine = n == _env("LOCAL_WORLD_SIZE", n)
+            yield row(f"{name}, {label}", BUS_FACTOR[name](n) * buffer / seconds / 1e9, "GB/s",
+                      f"bus bandwidth, {how}; {buffer / seconds / 1e9:.3g} by the buffer", sheet.peer if sheet and large and one_machine else None,
+                      "to a peer, data sheet", 0.7, 0.2, "not over NVLink: NCCL_DEBUG=INFO, look for P2P; unset NCCL_P2P_DISABLE",
+                      PLAYBOOK_H100.get(name, "") if "H100" in rt.name and large else "")
+    for what in ("matmul", "memory"):
+        mine = [r["value"] for r in rows if r["probe"] == what and (r.get("main") or r.get("dtype") in ("fp32", "bf16"))]
+        everyone = torch.zeros(n, device=rt.device)
         everyone[rt.rank] = mine[-1] if mine else 0
-        dist.all_reduce(everyone, group=group)
-        for rank, value in enumerate(everyone.tolist()):
-            if value:
-                yield row(f"rank {rank}: {kind}", value, "TFLOP/s" if kind == "matmul" else "GB/s", "all ranks at once",
-                          statistics.median(everyone.tolist()), "median of the ranks", 0.95, 0.9, "a straggler: everybody waits for it; see its health")
+        dist.all_reduce(everyone, group=rt.group)
+        values = everyone.tolist()
+        for rank, value in enumerate(values if all(values) else ()):
+            yield row(f"rank {rank}: {what}", value, "TFLOP/s" if what == "matmul" else "GB/s", "all ranks at once",
+                      statistics.median(values), "median of the ranks", 0.95, 0.9, "a straggler: all others wait for it")
 
 
-def file_system(path):
-    """Type of the file system that holds `path`: ext4, tmpfs, nfs4, ...; "" where Linux does not tell."""
+def file_system(folder):
+    """Type of the file system that holds `folder`: ext4, tmpfs, nfs4, ...; "" where Linux does not tell."""
+    where, longest, kind = f"{Path(folder).resolve()}/", "", ""
     with contextlib.suppress(OSError):
-        where, best = str(Path(path).resolve()), ("", "")
-        for _, mount, kind, *_ in map(str.split, Path("/proc/self/mounts").read_text().splitlines()):
-            mount = mount.encode().decode("unicode_escape")  # spaces are written \040
-            if (where + "/").startswith(mount.rstrip("/") + "/") and len(mount) >= len(best[0]):
-                best = mount, kind
-        return best[1]
-    return ""
+        for _, mount, this, *_ in map(str.split, Path("/proc/self/mounts").read_text().splitlines()):
+            mount = mount.replace("\\040", " ").rstrip("/") + "/"
+            if where.startswith(mount) and len(mount) >= len(longest):
+                longest, kind = mount, this
+    return kind
 
 
 def in_page_cache(path):
-    """Share of a file's pages that are in memory (mincore)."""
+    """Share of a file's pages that are in memory, by mincore; NaN: the kernel does not say."""
     with open(path, "r+b") as f, mmap.mmap(f.fileno(), 0) as view:
-        pages = (ctypes.c_ubyte * -(-len(view) // mmap.PAGESIZE))()
-        first = ctypes.c_char.from_buffer(view)
+        pages, first = (ctypes.c_ubyte * -(-len(view) // mmap.PAGESIZE))(), ctypes.c_char.from_buffer(view)
         failed = ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(view)), pages)
-        del first  # else the view could not be closed
+        del first  # else the map could not be closed
     return math.nan if failed else sum(p & 1 for p in pages) / len(pages)
 
 
 def evict(path):
-    """Have the kernel forget a file's pages; only those that are on disk can go."""
+    """Have the kernel forget a file's pages. Only what is on disk can go, so it is written first."""
     fd = os.open(path, os.O_RDWR)
     os.fsync(fd), os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED), os.close(fd)
 
 
+@contextlib.contextmanager
+def scratch_file(folder, least):
+    """A name for a file of at least so many bytes in `folder`; the file is gone afterwards."""
+    path = Path(folder) / f".probe.{os.getpid()}.tmp"
+    if (free := shutil.disk_usage(folder).free) < least:
+        raise OSError(errno.ENOSPC, f"{free / 1e6:,.0f} MB free, {least / 1e6:,.0f} at least expected")
+    try:
+        yield path
+    finally:
+        path.unlink(missing_ok=True)
+
+
 def timed_reads(path, flags, size, block, threads, ordered, seconds=0.3):
-    """Threads read blocks, in order or at random places, for so long or to the file's end -> (bytes/s, sorted seconds of reads)."""
+    """Threads read blocks, in order or at random places, for so long or to the file's end -> (bytes/s, sorted seconds of each)."""
     evict(path)
-    fd, latencies, count = os.open(path, os.O_RDONLY | flags), [[] for _ in range(threads)], size // block
-    end = time.perf_counter() + seconds
+    fd, taken, count = os.open(path, os.O_RDONLY | flags), [[] for _ in range(threads)], size // block
+    begin = time.perf_counter()
 
     def read(t):
-        buffer, luck, at = mmap.mmap(-1, block), random.Random(t), t  # an anonymous map is aligned, as O_DIRECT wants
-        while time.perf_counter() < end and at < count:
-            start = time.perf_counter()
+        buffer, luck, at = mmap.mmap(-1, block), random.Random(t), t  # such a map is aligned, as O_DIRECT wants it
+        while (start := time.perf_counter()) < begin + seconds and at < count:
             os.preadv(fd, [buffer], (at if ordered else luck.randrange(count)) * block)
-            latencies[t].append(time.perf_counter() - start)
+            taken[t].append(time.perf_counter() - start)
             at += threads * ordered
-    begin = time.perf_counter()
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(read, range(threads)))
-    took = time.perf_counter() - begin
+    speed = sum(map(len, taken)) * block / (time.perf_counter() - begin)
     os.close(fd)
-    everything = sorted(s for each in latencies for s in each)
-    return len(everything) * block / took, everything
+    return speed, sorted(itertools.chain(*taken))
 
 
 def probe_storage(cfg, rt, rows):
     """The disk under --path: what reaches it and what comes from it, not what the page cache does."""
-    folder = Path(cfg.path)
-    path = folder / f".probe.{os.getpid()}.tmp"
-    try:
-        free = shutil.disk_usage(folder).free
-        if free < 2**28:
-            yield note(f"storage {folder}", f"{free / 1e6:,.0f} MB free: 268 at least expected, and room for checkpoints: "
-                       f"another --path", "FAIL")
-            return
-        yield from measure_storage(cfg, rt, rows, path, min(2**30, free // 2) // 2**26 * 2**26)
-    except OSError as e:
-        yield note(f"storage {folder}", f"{e.strerror or e}: a writable directory with free space expected as --path", "FAIL")
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
-
-
-def measure_storage(cfg, rt, rows, path, size):
-    kind, chunk, written = file_system(path.parent), 2**26, 0
-    noise = memoryview(random.Random(0).randbytes(chunk + 2**16))  # incompressible, and no two chunks alike
-    with open(path, "wb", buffering=0) as f:
-        start, times = time.perf_counter(), []
-        while written < size and time.perf_counter() - start < 5:
-            begun = time.perf_counter()
-            written += f.write(noise[written // chunk * 1031:][:chunk])
-            os.fsync(f.fileno())
-            times.append(time.perf_counter() - begun)
-        write = chunk / statistics.median(times)
-    evict(path)
-    cached, flags = in_page_cache(path), getattr(os, "O_DIRECT", 0)
-    try:
-        os.close(os.open(path, os.O_RDONLY | flags))
-    except OSError:  # this file system does not know it
-        flags = 0
-    size = written // 2**20 * 2**20
-    reads = {(order, threads): max(timed_reads(path, flags, size, block, threads, order == "sequential") for _ in range(3))
-             for order, block, counts in (("sequential", 2**20, (1, 16)), ("random", 2**14, (1, 4, 16))) for threads in counts}
-    honest = kind not in ("tmpfs", "ramfs") and cached < 0.05 and (flags or not reads) and in_page_cache(path) < 0.05
-    why = (f"{kind} lives in memory: not a disk's figure" if kind in ("tmpfs", "ramfs") else
-           "the page cache kept the file: not a disk's figure")
-    how = f"{kind or 'unknown file system'}, " + ("O_DIRECT, page cache empty (mincore)" if honest and flags else "buffered")
+    kind, chunk, written, times = file_system(cfg.path) or "unknown file system", 2**26, 0, []
+    with scratch_file(cfg.path, 4 * chunk) as path:
+        size = min(2**30, shutil.disk_usage(cfg.path).free // 2)
+        noise = memoryview(random.Random(0).randbytes(chunk + 2**16))  # incompressible, and no two chunks are alike
+        begin = time.perf_counter()
+        with open(path, "wb", buffering=0) as f:
+            while written + chunk <= size and time.perf_counter() < begin + 5:
+                start = time.perf_counter()
+                written += f.write(noise[written // chunk * 1031:][:chunk])
+                os.fsync(f.fileno())
+                times.append(time.perf_counter() - start)
+        evict(path)
+        cached, flags = in_page_cache(path), getattr(os, "O_DIRECT", 0)
+        try:
+            os.close(os.open(path, os.O_RDONLY | flags))
+        except OSError:  # a file system that has no direct reads
+            flags = 0
+        reads = {(block, threads): max(timed_reads(path, flags, written, block, threads, block == 2**20) for _ in range(3))
+                 for block, counts in ((2**20, (1, 16)), (2**14, (1, 4, 16))) for threads in counts}
+        cached = max(cached, in_page_cache(path) if flags else cached)
+    in_memory = kind in ("tmpfs", "ramfs")
+    doubt = f"{kind} lives in memory: not a disk's figure" if in_memory else "" if cached < 0.05 else (
+        "the page cache kept the file: not a disk's figure")
+    how = kind + (", O_DIRECT and an empty page cache (mincore)" if flags else ", evicted first, then buffered")
     how += ", a server's cache unseen" * bool(re.match("nfs|fuse|lustre|cifs|ceph|9p|virtiofs", kind))
-    report = (lambda *a, **k: row(*a, **k)) if honest else lambda what, value, unit="", *a, **k: row(what, value, unit) | dict(advice=why)
-    yield report("write", write / 1e9, "GB/s", f"{kind or 'unknown file system'}, fsync every 64 MiB")
-    for (order, threads), (speed, latencies) in reads.items():
-        p50, p99 = (1e6 * latencies[int(q * (len(latencies) - 1))] for q in (0.5, 0.99))
-        block = "1 MiB" if order == "sequential" else "16 KiB"
-        yield report(f"{order} read, {block}, {threads} thread{'s' * (threads > 1)}", speed / 1e9, "GB/s",
-                     f"{how}; {len(latencies) and speed / (2**20 if block == '1 MiB' else 2**14):,.0f} reads/s, p50 {p50:,.0f} µs, p99 {p99:,.0f} µs")
-    if honest:
-        yield from needs(cfg, rt, rows, write, reads["random", 16][0])
+    write, best = chunk / statistics.median(times), reads[2**14, 16][0]
+    yield row("write", write / 1e9, "GB/s", f"{kind}, fsync every 64 MiB") | dict(advice=doubt)
+    for (block, threads), (speed, taken) in reads.items():
+        p50, p99 = (1e6 * taken[int(q * (len(taken) - 1))] for q in (0.5, 0.99))
+        yield row(f"{'sequential, 1 MiB' if block == 2**20 else 'random, 16 KiB'}, {threads} thread{'s' * (threads > 1)}", speed / 1e9,
+                  "GB/s", f"{speed / block:,.0f} reads/s, p50 {p50:,.0f} µs, p99 {p99:,.0f} µs; {how}") | dict(advice=doubt)
+    if not doubt:
+        yield from needs(cfg, rt, rows, write, best)
 
 
 def needs(cfg, rt, rows, write, read):
-    """What the preset wants of the disk, beside what it got."""
+    """What the preset wants of the disk, beside what it got (bytes/s)."""
     from model import flops_per_token, num_params
-    c = preset_config(cfg)
-    flops = max([r["value"] * 1e12 for r in rows if r.get("square") and r["dtype"] in ("fp32", "bf16")], default=rt.peak or 0)
+    c = shape_of(cfg)
+    flops = max([1e12 * r["value"] for r in rows if r.get("square") and r["dtype"] in ("fp32", "bf16")], default=rt.peak)
     if flops:
-        gpus, width = (8 if rt.device.type == "cuda" else 1), 2 if c.vocab_size <= 65536 else 4
+        gpus, width = 8 if rt.device.type == "cuda" else 1, 2 if c.vocab_size <= 65536 else 4
         tokens = 0.3 * flops / flops_per_token(c, c.max_position_embeddings) * gpus
-        yield row(f"  {cfg.preset}: loader", read / 1e6, "MB/s", f"random reads; {tokens:,.0f} tok/s of {width} bytes at 30 % of the matmuls' speed"
-                  + " on 8 GPUs" * (gpus > 1), 10 * tokens * width / 1e6, "ten times what it reads", 1, 0.1, "the disk will stall training")
-    state, hours = 12 * num_params(c), 2.1
-    share = state / write / (hours * 3600)
-    yield row(f"  {cfg.preset}: checkpoint", state / write, "s", f"{state / 1e9:,.3g} GB; {100 * share:.2g} % of the time at one in {hours} h") | dict(
-        verdict="PASS" if share < 0.02 else "FAIL", advice="" if share < 0.02 else "2 % at most expected: a faster disk, or fewer checkpoints")
+        yield row(f"  {cfg.preset}: loader", read / 1e6, "MB/s", f"{tokens:,.0f} tok/s" + " on 8 GPUs" * (gpus > 1) + f" at 30 % of the "
+                  f"matmuls' speed, {width} bytes each", 10 * tokens * width / 1e6, "ten times what it reads", 1, 0.1,
+                  "the disk will stall the training")
+    state, hours = 12 * num_params(c), 2.1  # fp32 weights and two Adam moments
+    share = state / write / (3600 * hours)
+    yield judged(row(f"  {cfg.preset}: checkpoint", state / write, "s", f"{state / 1e9:,.3g} GB; {100 * share:.2g} % of the time, "
+                     f"at one in {hours} h"), share < 0.02, "2 % at most expected: a faster disk or fewer checkpoints", "FAIL")
 
 
 def probe_loader(cfg, rt, rows):
-    """Our own loader: tokens/s from a cold and a warm file, and what a longer run costs at the start: nothing."""
+    """data.Loader: tokens/s from a cold and from a warm file, and what a longer run costs at its start: nothing."""
     import data
-    c, folder = preset_config(cfg), Path(cfg.path)
+    c = shape_of(cfg)
     T, n = c.max_position_embeddings, max(1, 2**16 // c.max_position_embeddings)
-    path = folder / f".probe.{os.getpid()}.bin.tmp"
-    try:
-        if shutil.disk_usage(folder).free < 2**28:
-            raise OSError(errno.ENOSPC, "no space left")
+    with scratch_file(cfg.path, 2**28) as path:
         np.random.default_rng(0).integers(0, 256, 2**25, dtype=np.uint16).tofile(path)
         evict(path)
-        cold = in_page_cache(path) < 0.05 and file_system(folder) not in ("tmpfs", "ramfs")
+        cold = in_page_cache(path) < 0.05 and file_system(cfg.path) not in ("tmpfs", "ramfs")
 
         def loader_of(steps):
             tokens = np.memmap(path, "<u2", "r")
-            source = data.Source("random", tokens, tokens, dict(eos=256), {})
-            return data.Loader([source], "", T, steps * n, 0)
+            return data.Loader([data.Source("random", tokens, tokens, dict(eos=256), {})], "", T, steps * n, 0)
         start, loader = time.perf_counter(), loader_of(1000)
         loader.batch(0, n)
-        if cold:
-            yield row("loader, cold file", n * T / (time.perf_counter() - start), "tok/s", f"the first {n} rows of {T}, one thread")
-        else:
-            yield note("loader, cold file", "the page cache kept the file")
+        seconds = time.perf_counter() - start
+        yield row("loader, cold file", n * T / seconds, "tok/s", f"the first {n} rows of {T}, one thread") if cold else note(
+            "loader, cold file", "the page cache kept the file")
         loader.sources[0].train.max()  # reads all of it
-        best, _ = seconds_of(SimpleNamespace(device=torch.device("cpu")), lambda: loader.batch(0, n))
-        yield row("loader, warm file", n * T / best, "tok/s", f"{n} rows of {T}, one thread")
-        starts = {}
+        here = SimpleNamespace(device=torch.device("cpu"))
+        yield row("loader, warm file", n * T / seconds_of(here, lambda: loader.batch(0, n)), "tok/s", f"{n} rows of {T}, one thread")
+        first = None
         for steps in (32_000, 3_200_000, 10**9):
             before, start = resident_bytes(), time.perf_counter()
             loader = loader_of(steps)
             loader.batch(steps * n - n, n)
-            starts[steps] = 1e3 * (time.perf_counter() - start), max(0, resident_bytes() - before) / 2**20
-            yield row(f"loader's start, {steps:,} steps", starts[steps][0], "ms", f"{starts[steps][1]:.1f} MiB more in memory") | (
-                {} if steps == 32_000 else dict(verdict="PASS" if starts[steps][1] < starts[32_000][1] + 4 else "FAIL"))
-    except OSError as e:
-        yield note("loader", f"{folder}: {e.strerror or e}: a writable directory with free space expected as --path", "FAIL")
-    finally:
-        with contextlib.suppress(OSError):
-            path.unlink(missing_ok=True)
+            seconds, grown = time.perf_counter() - start, max(0, resident_bytes() - before) / 2**20
+            first = first or (seconds, grown)
+            yield judged(row(f"loader's start, {steps:,} steps", 1e3 * seconds, "ms", f"{grown:.1f} MiB of memory"),
+                         grown < first[1] + 4 and seconds < 3 * first[0] + 0.05, "it grows with the length of the run", "FAIL")
 
 
 def resident_bytes():
-    """Of this process, now; 0 where Linux does not tell."""
+    """Memory of this process now; 0 where Linux does not tell."""
     with contextlib.suppress(OSError):
         return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
     return 0
 
 
+def gpu_health(rt):
+    """Rows of what nvidia-smi tells of this GPU under load, and the names of what it does not tell."""
+    a = torch.randn(8192, 8192, device=rt.device, dtype=rt.dtype)
+    for _ in range(400):  # seconds of work, queued
+        a @ a
+    fields = {"temperature": "temperature.gpu", "clock": "clocks.sm", "highest clock": "clocks.max.sm", "power cap": "power.limit",
+              "default power cap": "power.default_limit", "throttle reasons": "clocks_throttle_reasons.active",
+              "uncorrected ECC errors": "ecc.errors.uncorrected.volatile.total", "row remaps pending": "remapped_rows.pending",
+              "uncorrectable row remaps": "remapped_rows.uncorrectable"}
+    told = {name: smi(rt, field) for name, field in fields.items()}
+    torch.cuda.synchronize()
+    got, rows = {k: float(v) for k, v in told.items() if v and re.fullmatch(r"[\d.]+", v)}, []
+    if "temperature" in got:
+        rows.append(judged(row("GPU temperature", got["temperature"], "°C", "under load"), got["temperature"] < 85, "it will throttle"))
+    if {"clock", "highest clock"} <= set(got):
+        rows.append(row("GPU clock", got["clock"], "MHz", "under load", got["highest clock"], "its highest", 0.75, 0.5,
+                        "power or heat holds it down"))
+    if told["throttle reasons"]:
+        names = {4: "power cap", 8: "hardware slowdown", 32: "heat", 64: "heat, by the hardware", 128: "power brake"}  # nvml.h
+        bits = int(told["throttle reasons"], 16)
+        active = ", ".join(name for bit, name in names.items() if bits & bit)
+        rows.append(note("GPU throttling", active or "none", "FAIL" if bits & (8 | 32 | 64 | 128) else "PASS"))
+    if {"power cap", "default power cap"} <= set(got):
+        rows.append(row("GPU power cap", got["power cap"], "W", "", got["default power cap"], "the default", 0.99, 0.7,
+                        "somebody lowered it: nvidia-smi -pl"))
+    rows += [judged(row(f"GPU {name}", got[name]), got[name] == 0, "its memory is failing: reset it, replace it if they grow")
+             for name in ("uncorrected ECC errors", "row remaps pending", "uncorrectable row remaps") if name in got]
+    return rows, [f"GPU's {name}" for name, value in told.items() if value is None]
+
+
 def probe_health(cfg, rt, rows):
-    """What slows a machine down without a word. What could not be read is said."""
-    unread = []
-    if rt.device.type == "cuda":
-        a = torch.randn(8192, 8192, device=rt.device, dtype=rt.dtype)
-        for _ in range(400):  # a second or two of work, queued: the figures are those under load
-            a @ a
-        fields = {"temperature": "temperature.gpu", "clock": "clocks.sm", "highest clock": "clocks.max.sm", "throttled by": "clocks_throttle_reasons.active",
-                  "power": "power.draw", "power cap": "power.limit", "default power cap": "power.default_limit",
-                  "uncorrected ECC errors": "ecc.errors.uncorrected.volatile.total", "remapped rows": "remapped_rows.uncorrectable",
-                  "rows to be remapped": "remapped_rows.pending"}
-        got = {name: smi(field, rt) for name, field in fields.items()}
-        torch.cuda.synchronize()
-        unread = [name for name, value in got.items() if value is None]
-        number = lambda name: float(got[name]) if got[name] and re.fullmatch(r"[\d.]+", got[name]) else None
-        if number("temperature") is not None:
-            yield row("GPU temperature", number("temperature"), "°C", "under load") | dict(
-                verdict="PASS" if number("temperature") < 85 else "WARN", advice="" if number("temperature") < 85 else "it will throttle: airflow")
-        if number("clock") and number("highest clock"):
-            yield row("GPU clock", number("clock"), "MHz", "under load", number("highest clock"), "MHz, the highest", 0.75, 0.5, "power or heat holds it down")
-        if got["throttled by"]:
-            bits = int(got["throttled by"], 16)  # nvml.h: nvmlClocksEventReason*
-            names = {4: "power cap", 8: "hardware slowdown", 32: "software thermal limit", 64: "heat (hardware)", 128: "power brake"}
-            active = [name for bit, name in names.items() if bits & bit]
-            bad = bool(bits & ~(1 | 2 | 4))
-            yield note("GPU throttling", ", ".join(active) or "none", "FAIL" if bad else "PASS")
-        if number("power cap") and number("default power cap"):
-            yield row("GPU power cap", number("power cap"), "W", "", number("default power cap"), "W by default", 0.99, 0.7, "somebody lowered it: nvidia-smi -pl")
-        for name in ("uncorrected ECC errors", "rows to be remapped", "remapped rows"):
-            if number(name) is not None:
-                yield row(f"GPU {name}", number(name)) | dict(verdict="PASS" if number(name) == 0 else "WARN",
-                                                              advice="" if number(name) == 0 else "a failing memory: reset, and replace it if they grow")
-    flags = set()
-    with contextlib.suppress(OSError, TypeError):
-        flags = set(re.search(r"^flags\s*:(.*)$", Path("/proc/cpuinfo").read_text(), re.M)[1].split())
-    known = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_tile", "amx_bf16") if f in flags]
-    yield note("CPU", f"{cpu_name()}; {', '.join(known) or 'no vector extensions that /proc/cpuinfo names'}")
-    yield row("threads", rt.threads, "", "", _cores() / _env("LOCAL_WORLD_SIZE", 1), "cores this process may use", 1, 0.5,
-              "OMP_NUM_THREADS is set lower") if rt.threads <= _cores() else note("threads", f"{rt.threads} on {_cores()} cores: they will spin", "WARN")
-    governor = Path("/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
-    if governor.exists():
-        value = governor.read_text().strip()
-        yield note("CPU governor", value, "PASS" if value == "performance" else "WARN")
-    else:
-        unread.append("CPU governor")
-    try:
-        seen = [[int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]] for _ in range(2) if not time.sleep(0.3)]
-        ticks = [b - a for a, b in zip(*seen)]
-        stolen, others = 100 * ticks[7] / max(1, sum(ticks)), 100 * (sum(ticks) - ticks[3] - ticks[4]) / max(1, sum(ticks))
-        yield row("CPU time taken by the host", stolen, "%", "steal") | dict(verdict="PASS" if stolen < 2 else "WARN", advice="" if stolen < 2 else "a shared machine")
-        yield row("CPU time used by others", others, "%", "while this process slept") | dict(
-            verdict="PASS" if others < 10 else "WARN", advice="" if others < 10 else "something else runs here: every figure above is too low")
-    except (OSError, ValueError):
-        unread.append("steal time")
+    """What slows a machine down without a word; and what could not be read of it."""
+    found, unread = gpu_health(rt) if rt.device.type == "cuda" else ([], [])
+    yield from found
+
+    def read(what, path, pattern="(.*)"):
+        with contextlib.suppress(OSError, TypeError):
+            return re.search(pattern, Path(path).read_text(), re.M)[1].strip()
+        unread.append(what)
+    flags = set((read("CPU flags", "/proc/cpuinfo", r"^(?:flags|Features)\s*:(.*)$") or "").split())
+    yield note("CPU", ", ".join([cpu_name(), *(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16") if f in flags)]))
+    share = _cores() / _env("LOCAL_WORLD_SIZE", 1)
+    yield judged(row("threads", rt.threads, "", f"{share:g} cores are this process's"), rt.threads == max(1, int(share)),
+                 "fewer leave cores idle, more wait for each other: OMP_NUM_THREADS")
+    governor = read("CPU governor", "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
+    if governor:
+        yield note("CPU governor", governor, "PASS" if governor == "performance" else "WARN")
+    before = read("CPU time of others", "/proc/stat", r"^cpu (.*)$")
+    if before:
+        time.sleep(0.3)
+        ticks = [b - a for a, b in zip(*(map(int, line.split()) for line in (before, read("", "/proc/stat", r"^cpu (.*)$"))))]
+        stolen, busy = (100 * x / max(1, sum(ticks[:8])) for x in (ticks[7], sum(ticks[:8]) - ticks[3] - ticks[4]))
+        yield judged(row("CPU time stolen by the host", stolen, "%"), stolen < 2, "the machine is shared: compare in pairs")
+        yield judged(row("CPU time used by others", busy, "%", "while this process slept"), busy < 10 or rt.world_size > 1,
+                     "something else runs here: every figure above is too low")
     for what, file in (("CPU quota", "cpu.max"), ("memory limit", "memory.max")):
-        try:
-            yield note(what, "cgroup: " + (Path("/sys/fs/cgroup") / file).read_text().strip())
-        except OSError:
-            unread.append(f"{what} (cgroup)")
+        limit = read(f"{what} (cgroup)", f"/sys/fs/cgroup/{file}")
+        if limit:
+            yield note(what, f"{limit} (cgroup)")
     if unread:
         yield note("not readable here", ", ".join(unread))
 
@@ -1029,49 +1028,253 @@ PROBES = dict(matmul=probe_matmul, memory=probe_memory, transfer=probe_transfer,
               storage=probe_storage, loader=probe_loader, health=probe_health)
 
 
-def preset_config(cfg):
+def shape_of(cfg):
     """The preset's model.Config."""
     import model
     return model.Config(**model.PRESETS[cfg.preset])
 
 
+def probe(cfg, rt, stop):
+    """All rows that --only asks for. Whatever goes wrong is a row too."""
+    rows, wanted = [], [w for w in cfg.only.split(",") if w] or PROBES
+    if set(wanted) - set(PROBES):
+        raise SystemExit(f"--only={cfg.only}: {', '.join(PROBES)} expected")
+    for name, function in PROBES.items():
+        if name not in wanted or rt.rank and name in ("storage", "loader", "health"):
+            continue
+        try:
+            for r in function(cfg, rt, rows):
+                rows.append(dict(probe=name) | r)
+                show_row(rows[-1])
+                if stop.signal == "SIGINT":
+                    raise KeyboardInterrupt
+        except Exception as e:  # a rank that has died, a full disk, no memory
+            text = f"{cfg.path}: {e.strerror}: a writable directory expected as --path" if isinstance(e, OSError) and e.strerror else (
+                "a rank has died or hangs: " * (name == "collectives") + f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]:.150}")
+            rows.append(dict(probe=name) | note(name, text, "FAIL"))
+            show_row(rows[-1])
+    return rows
+
+
 def main(cfg):
-    """Run the probes; prints the table row by row and returns the rows."""
+    """Probe the machine; prints the table row by row, returns it."""
     import model
     rt = setup(cfg)
     cfg = dataclasses.replace(cfg, preset=cfg.preset or ("smollm3-3b" if rt.device.type == "cuda" else "small"))
     if cfg.preset not in model.PRESETS:
         raise SystemExit(f"--preset={cfg.preset}: {', '.join(model.PRESETS)} expected")
-    wanted = [w for w in cfg.only.split(",") if w] or list(PROBES)
-    if set(wanted) - set(PROBES):
-        raise SystemExit(f"--only={cfg.only}: {', '.join(PROBES)} expected")
-    rows, rt.group = [], None
-    if rt.world_size > 1:  # connected now: who waits for a rank that has died since is told, not kept
-        rt.group = dist.new_group(timeout=timedelta(seconds=60))
-        dist.barrier(rt.group)
-    print(f"{rt.name} | {rt.world_size} process{'es' * (rt.world_size > 1)} | torch {torch.__version__} | {time.strftime('%Y-%m-%d')}")
-    with Stop() as stop:  # torchrun ends the ranks that are left when one dies; the table is still printed
-        for name, probe in PROBES.items():
-            if name not in wanted or rt.rank and name in ("storage", "loader", "health"):
-                continue
-            try:
-                for r in probe(cfg, rt, rows):
-                    rows.append(dict(probe=name) | r)
-                    show_row(rows[-1])
-            except Exception as e:  # a rank that died, memory that is not there: a row, and on with the rest
-                text = str(e).strip().splitlines() or [""]
-                lost = "a rank has died or hangs: its own output says why; " * (name == "collectives")
-                rows.append(dict(probe=name) | note(name, f"{lost}{type(e).__name__}: {text[0][:150]}", "FAIL"))
-                show_row(rows[-1])
+    rt.group, date = None, time.strftime("%Y-%m-%d")
+    print(f"{rt.name} | {rt.world_size} process{'es' * (rt.world_size > 1)} | torch {torch.__version__} | {date}")
+    with Stop() as stop:  # when a rank dies torchrun ends the others: the table is still printed
+        if rt.world_size > 1:  # connected before anything is measured: who waits for a dead rank is told so
+            rt.group = dist.new_group(timeout=datetime.timedelta(seconds=60))
+            dist.barrier(rt.group)
+        rows = probe(cfg, rt, stop)
     if cfg.json and rt.rank == 0:
-        write_json(cfg.json, dict(machine=rt.name, date=time.strftime("%Y-%m-%d"), torch=torch.__version__, rows=[finite(r) for r in rows]))
-    bad = [r["what"].strip() for r in rows if r["verdict"] == "FAIL"]
-    print(f"{len(rows)} rows, {len(bad)} FAIL" + ": " * bool(bad) + ", ".join(bad))
-    if cfg.strict and bad:
+        write_json(cfg.json, finite(dict(machine=rt.name, date=date, torch=torch.__version__)) | dict(rows=[finite(r) for r in rows]))
+    failed = [r["what"].strip() for r in rows if r["verdict"] == "FAIL"]
+    print(f"{len(rows)} rows, {len(failed)} FAIL" + ": " * bool(failed) + ", ".join(failed))
+    if cfg.strict and failed:
         raise SystemExit(1)
     return dict(machine=rt.name, rows=rows)
 
 
+def measured_peak(path, name, dtype):
+    """FLOP/s of the large square matmul in a file that `python infra.py --json=FILE` wrote on this machine."""
+    try:
+        saved = json.loads(Path(path).read_text(encoding="utf-8"))
+        rates = {r["dtype"]: r["value"] for r in saved["rows"] if r.get("square")}
+        kind = "bf16" if dtype == torch.bfloat16 else "tf32" if "tf32" in rates else "fp32"
+        if saved["machine"] != name:
+            raise ValueError(f"measured on {saved['machine']}: {name} expected")
+        return 1e12 * rates[kind]
+    except (OSError, ValueError, KeyError, TypeError) as e:
+        raise SystemExit(f"--probe={path}: {type(e).__name__}: {e}: a file of `python infra.py --json=FILE` on this machine "
+                         f"expected, with its matmul rows") from None
+
+
+# --- planner: what a run takes, before anybody pays for it -----------------------------------------------------------
+
+def plan_options():
+    """The planner's knobs: the model's shape, and its own. (Not at the top: infra imports model only where it must.)"""
+    import model
+
+    @dataclasses.dataclass
+    class Plan(model.Config):
+        preset: str = "nano"           # whose shape (a bare word does it too); shape flags change it
+        gpu: str = ""                  # h100, h200, a100, b200, ...: by its data sheet; default: this machine, measured
+        gpus: int = 8                  # how many
+        tokens: float = 0              # to train on; 0: 20 per parameter (Chinchilla, arXiv 2203.15556)
+        batch_tokens: int = 2_359_296  # per step (SmolLM3's)
+        mfu: float = 0.3               # share of the peak that training reaches, counting 6N + 12LHDT FLOPs per token
+        tok_per_s: float = 0           # of one GPU, where that is known: instead of mfu
+        tflops: float = 0              # peak of one GPU that mfu is a share of; 0: dense bf16 of the data sheet
+        days: float = 28               # deadline: how many GPUs meet it
+        params: float = 0              # parameters to count with for that; the playbook rounds to 3e9
+        tp: int = 0                    # 0: recommended
+        micro_batch: int = 0           # rows per forward pass; 0: recommended
+        network: float = 50            # GB/s of one GPU to other machines
+        save_seconds: float = 60       # to write a checkpoint
+        failure_hours: float = 50_700  # GPU-hours per failure: Llama 3 had 419 in 54 days on 16,384 (arXiv 2407.21783)
+        price: float = 2.5             # of a GPU-hour, in any currency: an assumption
+        why: bool = False              # should it be trained at all? The playbook's compass, with numbers
+
+        def __post_init__(self):
+            super().__post_init__()
+            for f in dataclasses.fields(Plan):
+                least = f.name in ("gpus", "batch_tokens", "mfu", "days", "network", "save_seconds", "failure_hours")
+                if f.type in (int, float) and (getattr(self, f.name) < 0 or least and not getattr(self, f.name)):
+                    raise ValueError(f"{f.name}={getattr(self, f.name)}: {'more than 0' if least else '0 or more'} expected")
+            if self.tp and (self.gpus % self.tp or self.num_key_value_heads % self.tp):
+                raise ValueError(f"tp={self.tp}: a divisor of gpus={self.gpus} and of num_key_value_heads="
+                                 f"{self.num_key_value_heads} expected")
+    return Plan
+
+
+def gpu_memory(c, tp, micro_batch):
+    """Bytes that train.py holds on one GPU, by part. states: weights, gradients and two Adam moments in fp32 and the weights in
+    bf16, 18 a parameter. activations: what the backward pass needs of SwiGLU and GQA in bf16 (counted as Korthikanti et al.,
+    arXiv 2205.05198, do for GPT); recomputed: if only the blocks' inputs were kept. logits: bf16, fp32, their log-softmax."""
+    from model import num_params
+    d, q, kv = c.hidden_size, c.num_attention_heads * c.head_size, c.num_key_value_heads * c.head_size
+    block, tokens = 2 * (4 * d + (2 * q + 2 * kv + 4 * c.intermediate_size) / tp), micro_batch * c.max_position_embeddings
+    parts = dict(states=18 * num_params(c) / tp, activations=c.num_hidden_layers * block * tokens,
+                 logits=10 * c.vocab_size / tp * tokens)
+    total = 1.05 * (sum(parts.values()) + 1.5e9)  # context, communication buffers, 5 % lost to fragmentation
+    return parts | dict(recomputed=(2 * d * c.num_hidden_layers + block) * tokens, total=total)
+
+
+def layout(p, c, memory):
+    """-> (tp, micro_batch, why): the smallest tp at which two rows fit, for each doubling costs traffic; else one row."""
+    rows = -(-p.batch_tokens // c.max_position_embeddings)
+    sizes = [p.tp] if p.tp else [t for t in (1, 2, 4, 8) if c.num_key_value_heads % t == 0 and p.gpus % t == 0]
+    for least in (2, 1):
+        for tp in sizes:
+            each = -(-rows // (p.gpus // tp))  # of one replica in a step
+            fits = [m for m in range(1, each + 1) if each % m == 0 and gpu_memory(c, tp, m)["total"] <= memory]
+            if fits and fits[-1] >= min(least, each):
+                return tp, p.micro_batch or fits[-1], ("as asked" if p.tp or p.micro_batch else
+                                                       f"the smallest tp at which {fits[-1]} of a replica's {each} rows fit at once")
+    return None, None, (f"does not fit into {memory / 1e9:g} GB with tp of {', '.join(map(str, sizes))}: recomputation, optimizer "
+                        f"states split over replicas (ZeRO), or a larger GPU")
+
+
+def plan(p):
+    """Print what training this model takes; returns the figures."""
+    import model
+    c = model.Config(**{f.name: getattr(p, f.name) for f in dataclasses.fields(model.Config)})
+    N, T, each = model.num_params(c), c.max_position_embeddings, model.flops_per_token(c, c.max_position_embeddings)
+    tokens = p.tokens or 20 * N
+    print(f"{p.preset}: {N:,} parameters, {each / 1e9:.4g} GFLOP per token (6N + 12LHDT, rows of {T:,}), {each * tokens:.3g} FLOP "
+          f"for {tokens:.4g} tokens\n")
+    if not p.gpu and not p.why:
+        return dict(params=N, tokens=tokens) | plan_here(p, c, tokens)
+    sheet = data_sheet(p.gpu or "h100")
+    if sheet is None or not (sheet.bf16 or p.tflops):
+        raise SystemExit(f"--gpu={p.gpu}: {', '.join(SHEETS)} expected; with --tflops where it has no bf16")
+    peak = 1e12 * (p.tflops or sheet.bf16)
+    speed = p.tok_per_s or p.mfu * peak / each
+    if p.why:
+        return dict(params=N, tokens=tokens) | compass(p, N, tokens, speed)
+    return dict(params=N, tokens=tokens) | plan_time(p, N, each, tokens, speed, peak) | plan_layout(p, c, speed, sheet)
+
+
+def plan_time(p, N, each, tokens, speed, peak):
+    """Days, cost, and GPUs for a deadline, by each way of counting."""
+    hours = tokens / speed / 3600
+    days, by_6n, by_all = hours / p.gpus / 24, 6 * N * speed / peak, each * speed / peak
+    print(f"time        {days:.1f} days on {p.gpus:,} x {p.gpu} at {speed:,.0f} tok/s each; MFU {by_6n:.1%} (6N), {by_all:.1%} "
+          f"(6N + 12LHDT) of {peak / 1e12:g} TFLOP/s\n"
+          f"cost        {hours:,.0f} GPU-hours, {hours * p.price:,.0f} at {p.price:g} an hour (SmolLM3's ablations and repairs: 58 % more)")
+    needed, rounded = {}, {"6N of the rounded N": 6 * p.params} if p.params else {}
+    for name, flops in (rounded | {"6N": 6 * N, "6N + 12LHDT": each}).items():
+        exact = math.ceil(flops * tokens / (p.mfu * peak * p.days * 86_400))
+        needed[name] = exact, 8 * -(-exact // 8)
+        print(f"deadline    {exact:,} GPUs for {p.days:g} days, {needed[name][1]:,} in machines of 8, at {p.mfu:.0%} of "
+              f"{peak / 1e12:g} TFLOP/s, counting {name}")
+    return dict(days=days, gpu_hours=hours, cost=hours * p.price, mfu_6N=by_6n, mfu=by_all, tok_per_s=speed, gpus_needed=needed)
+
+
+def plan_layout(p, c, speed, sheet):
+    """Memory by layout, the one to take, what it sends over the links, and how often to save."""
+    from model import num_params
+    N, T = num_params(c), c.max_position_embeddings
+    tp, micro, reason = layout(p, c, 1e9 * sheet.gb)
+    print(f"\nGB of the {sheet.gb} of a {p.gpu}{'states':>12}{'activations':>13}{'(recomputed)':>14}{'logits':>9}{'all':>9}")
+    for t in sorted({1, 2, 4, tp or 1}):
+        m = gpu_memory(c, t, micro or 1)
+        print(f"tp={t} micro_batch={micro or 1:<4}{'<--' if t == tp else '':7}" + "".join(
+            f"{m[part] / 1e9:{w}.1f}" for part, w in (("states", 12), ("activations", 13), ("recomputed", 14), ("logits", 9), ("total", 9))))
+    if tp is None:
+        print(f"\nlayout      {reason}")
+        return dict(tp=None)
+    dp, link, hours = p.gpus // tp, sheet.peer if p.gpus <= 8 else p.network, p.failure_hours / p.gpus
+    rounds = -(-p.batch_tokens // (dp * micro * T))
+    batch = dp * micro * rounds * T
+    step = batch / (speed * p.gpus)
+    tp_bytes = c.num_hidden_layers * 4 * c.hidden_size * 2 * 2 * (tp - 1) / tp * batch / dp  # bf16, 2 all-reduces each way
+    dp_bytes = 2 * (dp - 1) / dp * 4 * N / tp
+    every = math.sqrt(2 * p.save_seconds * hours * 3600)  # Young 1974; Daly 2006 takes the time of the save off
+    lost, share = p.save_seconds / every + every / 7200 / hours, dp_bytes / link / 1e9 / step
+    print(f"\nlayout      tp={tp} dp={dp} micro_batch={micro}, {rounds} pass{'es' * (rounds > 1)} a step: {batch:,} tokens in {step:.3f} s: "
+          f"{reason}\n"
+          f"traffic     of one GPU in a step: tensor-parallel {tp_bytes / 1e9:.1f} GB, {tp_bytes / 1e9 / sheet.peer:.3f} s at {sheet.peer:g} GB/s; "
+          f"gradients {dp_bytes / 1e9:.1f} GB, {dp_bytes / 1e9 / link:.3f} s at {link:g} GB/s: {share:.0%} of the step, which the backward "
+          f"pass {'can' if share < 0.6 else 'cannot'} hide\n"
+          f"checkpoint  {12 * N / 1e9:.1f} GB every {every / 3600:.1f} h (Young; {(every - p.save_seconds) / 3600:.2f} by Daly), if saving takes "
+          f"{p.save_seconds:g} s and a GPU fails every {hours:,.0f} h: {lost:.1%} of the time lost")
+    return dict(tp=tp, dp=dp, micro_batch=micro, accumulation=rounds, step_tokens=batch, step_seconds=step, memory=gpu_memory(c, tp, micro),
+                tp_bytes=tp_bytes, dp_bytes=dp_bytes, checkpoint_bytes=12 * N, checkpoint_seconds=every, lost=lost)
+
+
+def plan_here(p, c, tokens):
+    """This machine: train.py's own benchmark with one layer and with three; the other layers are a straight line."""
+    runs, L = {}, c.num_hidden_layers
+    shape = [f"--{f.name}={getattr(c, f.name)}" for f in dataclasses.fields(c) if f.name != "num_hidden_layers"]
+    for layers in (1, 3):
+        command = [sys.executable, str(Path(__file__).with_name("train.py")), p.preset, "--bench", *shape]
+        try:
+            done = subprocess.run([*command, f"--num_hidden_layers={layers}"], capture_output=True, text=True, timeout=300)
+            if done.returncode:
+                raise ValueError((done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}: out of memory?"])[-1])
+            runs[layers] = json.loads(done.stdout.splitlines()[-1])
+        except (subprocess.TimeoutExpired, ValueError) as e:
+            raise SystemExit(f"python train.py {p.preset} --bench with {layers} layers, to measure this machine: {str(e)[-150:]}; "
+                             f"--gpu=h100 plans for another one") from None
+    line = lambda key: runs[1][key] + (L - 1) * (runs[3][key] - runs[1][key]) / 2
+    speed, peak = runs[1]["tok_per_s"] * runs[1]["seconds_per_step"] / line("seconds_per_step"), line("peak_memory_bytes")
+    print(f"here        {runs[1]['machine']}: {speed:,.0f} tok/s, {peak / 1e6:,.0f} MB at the peak; check: python train.py {p.preset} --bench\n"
+          f"            (measured: {runs[1]['tok_per_s']:,} tok/s with 1 layer, {runs[3]['tok_per_s']:,} with 3)\n"
+          f"time        {tokens / speed / 3600:,.2f} hours for {tokens:.3g} tokens")
+    return dict(tok_per_s=speed, peak_memory_bytes=peak)
+
+
+def compass(p, N, tokens, speed):
+    """The first chapter of the playbook as questions, with what each answer costs this model."""
+    def cost(n):
+        return f"{n / speed / 3600:,.0f} GPU-hours ({n / speed / 3600 * p.price:,.0f} at {p.price:g})"
+    tuning = 5 * 1.8e9  # SmolLM3's SFT: epochs, tokens
+    print(f"""Should it be trained from nothing? Take the first line that is true, on {p.gpu or 'h100'}s at {speed:,.0f} tok/s each.
+
+1. A good prompt makes an open model do it.
+       Don't train. Write the evaluation first; you need it in any case.
+2. It does it after some thousands of examples.
+       Don't train: fine-tune. {cost(tuning)} for what SmolLM3's SFT took, {tuning:.0e} tokens.
+3. It lacks a domain or a language.
+       Don't train from nothing: continue an open base model. {cost(1e11)} for 1e11 tokens.
+4. You want to understand something that a small run can show.
+       Train small: an ablation of 20 tokens per parameter is {cost(20 * N)}.
+5. No open model can be used (data unlike text, a device, a licence, a law), or you fill a gap that others share.
+       Train, once evaluation, data and ablations are there: {cost(tokens)} for {tokens:.3g} tokens,
+       and more than half of that again for ablations and repairs (SmolLM3: 276,480 + 161,280 GPU-hours).
+
+None is true, or you are not sure: don't train, fine-tune: {tuning / tokens:.2%} of the cost. python sft.py --init=out/base shows how.""")
+    return dict(fine_tune_hours=tuning / speed / 3600, pretrain_hours=tokens / speed / 3600)
+
+
 if __name__ == "__main__":
     import model
-    launch(main, cli(Config, {name: dict(preset=name) for name in model.PRESETS}))
+    if sys.argv[1:2] == ["plan"]:
+        plan(cli(plan_options(), {name: dict(shape, preset=name) for name, shape in model.PRESETS.items()}, sys.argv[2:]))
+    else:
+        launch(main, cli(Config, {name: dict(preset=name) for name in model.PRESETS}))

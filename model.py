@@ -709,7 +709,7 @@ def bench(cfg):
     flops = 2 * num_params(model.config)
     return dict(bench="decode", tok_per_s=round(speed[2]), spread=[round(speed[0]), round(speed[-1])],
                 seconds_per_step=round(cfg.batch / speed[2], 6), mfu=rt.peak and round(speed[2] * flops / rt.peak, 4),
-                mfu_convention="2N FLOPs per new token / published dense bf16 peak; null: no published peak",
+                mfu_convention=f"2N FLOPs per new token / {rt.peak_source}",
                 peak_memory_bytes=peak_memory(rt.device), batch=cfg.batch, prompt_tokens=cfg.prompt_tokens,
                 max_new_tokens=cfg.max_new_tokens, compile=cfg.compile, dtype=str(rt.dtype)[6:],
                 params=num_params(model.config), machine=rt.name, torch=torch.__version__)

@@ -262,7 +262,7 @@ def is_spike(loss, norm, norms):
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 NOT_THE_EXPERIMENT = {"resume", "overwrite", "wandb", "bench", "log_every", "eval_every", "save_every", "device", "compile",
-                      "tp"}
+                      "tp", "probe"}
 
 
 def check(cfg, rt):
@@ -638,7 +638,7 @@ def bench(cfg, rt, steps=12):
                   spread=[round(cfg.batch_tokens / s) for s in (seconds[-1], seconds[0])],
                   seconds_per_step=round(statistics.median(seconds), 5),
                   mfu=rt.peak and round(speed * flops / rt.peak / rt.world_size, 4),
-                  mfu_convention="(6N + 12LHDT) FLOPs per token / published dense bf16 peak; null: no published peak",
+                  mfu_convention=f"(6N + 12LHDT) FLOPs per token / {rt.peak_source}",
                   peak_memory_bytes=infra.peak_memory(rt.device), rows=rows, row_tokens=T, optimizer=cfg.optimizer,
                   compile=cfg.compile, processes=rt.world_size, tp=cfg.tp,
                   dtype=str(rt.dtype)[6:], params=nano.num_params(model.config), machine=rt.name, torch=torch.__version__)
