@@ -205,7 +205,7 @@ def setup(cfg):
     """Prepare this process, alone or under torchrun. Reads the fields of Machine.
 
     Returns a namespace: device, dtype (what the matmuls run in; weights, optimizer and loss stay float32), threads, name (of
-    the hardware), peak (dense FLOP/s in that dtype, or None when nobody published one) and peak_source; rank, world_size, local_rank,
+    the hardware), peak (dense FLOP/s in that dtype, or None when nobody published one), peak_source; rank, world_size, local_rank,
     restarts (how often torchrun has started this job again); dp_rank, dp_size, dp_group; tp_rank, tp_size, tp_group.
     A group of one process is None. Only rank 0 prints: stdout of the others leads nowhere; errors come from every rank.
     """
@@ -375,8 +375,10 @@ SHEETS = {
     "B200": Sheet(2250, 2250, 4500, 80, 180, 8000, 900, 63), "H200 NVL": Sheet(835, 835, 1671, 60, 141, 4800, 450, 63),
     "H200": Sheet(989, 989, 1979, 67, 141, 4800, 450, 63), "H100 PCIe": Sheet(756, 756, 1513, 51, 80, 2000, 63, 63),
     "H100 NVL": Sheet(835, 835, 1671, 60, 94, 3938, 300, 63), "H100": Sheet(989, 989, 1979, 67, 80, 3350, 450, 63),
-    "A100-SXM4-40GB": Sheet(312, 312, None, 19.5, 40, 1555, 300, 31.5), "A100-PCIE-40GB": Sheet(312, 312, None, 19.5, 40, 1555, 31.5, 31.5),
-    "A100 80GB PCIe": Sheet(312, 312, None, 19.5, 80, 1935, 31.5, 31.5), "A100": Sheet(312, 312, None, 19.5, 80, 2039, 300, 31.5),
+    "A100-SXM4-40GB": Sheet(312, 312, None, 19.5, 40, 1555, 300, 31.5),
+    "A100-PCIE-40GB": Sheet(312, 312, None, 19.5, 40, 1555, 31.5, 31.5),
+    "A100 80GB PCIe": Sheet(312, 312, None, 19.5, 80, 1935, 31.5, 31.5),
+    "A100": Sheet(312, 312, None, 19.5, 80, 2039, 300, 31.5),
     "L40S": Sheet(362, 362, 733, 91.6, 48, 864, 31.5, 31.5), "RTX 4090": Sheet(165.2, 165.2, 330, 82.6, 24, 1008, 31.5, 31.5),
     "T4": Sheet(None, 65, None, 8.1, 16, 320, 15.75, 15.75), "MI300X": Sheet(1307, 1307, 2615, 163.4, 192, 5300, 64, 63)}
 
@@ -566,6 +568,11 @@ PLAYBOOK_H100 = {"bf16": "714-758", "fp16": "687-732", "fp8": "1210-1457", "tf32
                  "host": "14.2 over PCIe 4 x8", "peer": "364.9", "all_reduce": "480", "all_to_all": "344"}
 
 
+def playbook(rt, key):
+    """The playbook's figure, on its GPU."""
+    return PLAYBOOK_H100.get(key, "") if "H100" in rt.name else ""
+
+
 def row(what, value, unit="", convention="", reference=None, source="", good=0.7, poor=0.5, advice="", playbook="", **more):
     """One line of the table. reference: what the value is set beside, in the same unit, and the source of that; None: nobody
     published a figure, and nothing is judged. PASS from good * reference on, FAIL below poor * reference."""
@@ -589,13 +596,13 @@ def judged(row, fine, advice, verdict="WARN"):
 def show_row(r):
     number = "" if r["value"] is None else f"{r['value']:,.0f}" if r["value"] >= 100 else f"{r['value']:.3g}"
     percent = "" if r["percent"] is None else f"{r['percent']:.0f} %"
-    text = [r["advice"], r["reference"] and f"of {r['reference']:,.4g}, {r['source']}",
-            r["playbook"] and f"playbook's H100: {r['playbook']}", r["convention"]]
-    print(f"{r['what']:36} {number:>10} {r['unit']:8} {percent:>6}  {r['verdict']:4}  {'; '.join(filter(None, text))}", flush=True)
+    text = "; ".join(filter(None, (r["advice"], r["reference"] and f"of {r['reference']:,.4g}, {r['source']}",
+                                   r["playbook"] and f"playbook's H100: {r['playbook']}", r["convention"])))
+    print(f"{r['what']:36} {number:>10} {r['unit']:8} {percent:>6}  {r['verdict']:4}  {text}", flush=True)
 
 
 def seconds_of(rt, call, samples=7, least=0.02):
-    """Seconds of one call(): the best of `samples`, each of as many calls as fill `least` seconds; two seconds at most in all."""
+    """Seconds of one call(): the best of `samples`, each of as many calls as fill `least` seconds; two seconds at most."""
     wait = getattr(torch, rt.device.type).synchronize if rt.device.type in ("cuda", "mps") else lambda: None
     now, times = time.perf_counter, []
     call(), wait()
@@ -626,7 +633,7 @@ def tflops(rt, m, k, n, kind):
 
 def probe_matmul(cfg, rt, rows):
     """Every dtype that the device multiplies, at a large square and at the preset's own shapes."""
-    cuda, sheet, h100, c, found = rt.device.type == "cuda", data_sheet(rt.name), "H100" in rt.name, shape_of(cfg), {}
+    cuda, sheet, c, found = rt.device.type == "cuda", data_sheet(rt.name), shape_of(cfg), {}
     nvidia = cuda and torch.version.hip is None
     capability = torch.cuda.get_device_capability(rt.device) if nvidia else (99, 0)
     kinds = dict(fp32=True, tf32=nvidia and capability >= (8, 0), bf16=not cuda or _native_bf16(rt.device), fp16=cuda,
@@ -638,7 +645,7 @@ def probe_matmul(cfg, rt, rows):
         except RuntimeError as e:  # fp8 where this build of torch has no kernel for it
             yield note(f"matmul {kind}", str(e).splitlines()[0][:100])
             continue
-        more = dict(convention=f"{size}³", dtype=kind, square=True, playbook=PLAYBOOK_H100.get(kind, "") if h100 else "")
+        more = dict(convention=f"{size}³", dtype=kind, square=True, playbook=playbook(rt, kind))
         if not cuda and kind == "bf16":
             more |= dict(reference=found["fp32"], source="fp32 here", good=1.2, poor=0.8,
                          advice="bf16 is emulated or hardly faster here: --dtype=float32")
@@ -653,13 +660,13 @@ def probe_matmul(cfg, rt, rows):
         alone = tflops(rt, size, size, size, main)
         torch.set_num_threads(rt.threads)
         yield row(f"matmul {main}, 1 thread", alone, "TFLOP/s", f"{size}³")
-        yield row(f"matmul {main}, {rt.threads} threads against 1", found[main] / alone, "times", "", rt.threads, "threads", 0.8, 0.6,
-                  "hyperthreads share a multiplier, or others use the cores: try OMP_NUM_THREADS at half")
+        yield row(f"matmul {main}, {rt.threads} threads against 1", found[main] / alone, "times", "", rt.threads, "threads",
+                  0.8, 0.6, "hyperthreads share a multiplier, or others use the cores: try OMP_NUM_THREADS at half")
     tokens, d, heads = 8192 if cuda else 2048, c.hidden_size, c.head_size
     for name, k, n in (("q, o", d, c.num_attention_heads * heads), ("k, v", d, c.num_key_value_heads * heads),
                        ("gate, up", d, c.intermediate_size), ("down", c.intermediate_size, d), ("head", d, c.vocab_size)):
-        yield row(f"  {cfg.preset}: {name}", tflops(rt, tokens, k, n, main), "TFLOP/s", f"{tokens} x {k} x {n}, {main}", found[main],
-                  "the square", 0.5, 0, "this shape wastes the machine: more tokens, wider matrices, multiples of 64")
+        yield row(f"  {cfg.preset}: {name}", tflops(rt, tokens, k, n, main), "TFLOP/s", f"{tokens} x {k} x {n}, {main}",
+                  found[main], "the square", 0.5, 0, "this shape wastes the machine: more tokens, wider matrices, multiples of 64")
 
 
 def free_memory():
@@ -686,11 +693,10 @@ def probe_memory(cfg, rt, rows):
     large = min(2**30 if cuda else max(2**28, 4 * cache), free // 4)
     for what, size in (("memory", large), ("cache-sized", cache // 4), ("sub-megabyte", 2**18)):
         a, b = (torch.ones(size // 4, device=rt.device) for _ in "ab")
-        main = what == "memory"
-        yield row(f"copy, {what}", 2e-9 * size / seconds_of(rt, lambda: b.copy_(a)), "GB/s", f"{size / 2**20:,.4g} MiB, read + written"
-                  + ", may be cache" * (main and size < 4 * cache), sheet.gbs if main and sheet else None, "data sheet", 0.8, 0.6,
-                  "another process on this GPU, throttling: see health", PLAYBOOK_H100["copy"] if main and "H100" in rt.name else "",
-                  main=main)
+        main, speed = what == "memory", 2e-9 * size / seconds_of(rt, lambda: b.copy_(a))
+        how = f"{size / 2**20:,.4g} MiB, read + written" + ", may be cache" * (main and size < 4 * cache)
+        yield row(f"copy, {what}", speed, "GB/s", how, sheet.gbs if main and sheet else None, "data sheet", 0.8, 0.6,
+                  "another process on this GPU, or throttling: see health", playbook(rt, "copy") if main else "", main=main)
 
 
 def smi(rt, field):
@@ -714,14 +720,13 @@ def probe_transfer(cfg, rt, rows):
         lane = {"1": 0.25, "2": 0.5, "3": 0.985, "4": 1.969, "5": 3.938, "6": 7.563}.get(generation, 0)
         link, source = lane * int(lanes), f"PCIe {generation} x{lanes} as negotiated"
         yield row("PCIe lanes", int(lanes), "", "", 16, "a full slot", 1, 0.5, "a narrower slot, or a hop on the way")
-    there, pinned = torch.empty(size, dtype=torch.uint8, device=rt.device), torch.empty(size, dtype=torch.uint8, pin_memory=True)
-    paged = torch.empty(size, dtype=torch.uint8)
+    there, paged = (torch.empty(size, dtype=torch.uint8, device=device) for device in (rt.device, "cpu"))
+    pinned = paged.pin_memory()
     for what, to, come in (("host to device, pinned", there, pinned), ("device to host, pinned", pinned, there),
                            ("host to device, pageable", there, paged), ("device to host, pageable", paged, there)):
-        speed, is_pinned = size / 1e9 / seconds_of(rt, lambda: to.copy_(come, non_blocking=True)), paged not in (to, come)
-        yield row(what, speed, "GB/s", "one direction", link if is_pinned else None, source, 0.8, 0.5,
-                  "an x8 or older hop, or memory of another NUMA node",
-                  PLAYBOOK_H100["host"] if is_pinned and "H100" in rt.name else "")
+        speed, fast = size / 1e9 / seconds_of(rt, lambda: to.copy_(come, non_blocking=True)), "pinned" in what
+        yield row(what, speed, "GB/s", "one direction", link if fast else None, source, 0.8, 0.5,
+                  "an x8 or older hop, or memory of another NUMA node", playbook(rt, "host") if fast else "")
 
     def round_trip():
         there[:4].copy_(pinned[:4], non_blocking=True)
@@ -743,8 +748,9 @@ def probe_peers(cfg, rt, rows):
             b.copy_(a, non_blocking=True)
             torch.cuda.synchronize(i), torch.cuda.synchronize(j)
         way = "peer access" if torch.cuda.can_device_access_peer(i, j) else "through the host"
-        yield row(f"GPU {i} to GPU {j}", 2**28 / 1e9 / seconds_of(rt, copy), "GB/s", f"one direction, {way}", sheet and sheet.peer,
-                  "data sheet", 0.7, 0.2, "not over NVLink: nvidia-smi topo -m", PLAYBOOK_H100["peer"] if "H100" in rt.name else "")
+        yield row(f"GPU {i} to GPU {j}", 2**28 / 1e9 / seconds_of(rt, copy), "GB/s", f"one direction, {way}",
+                  sheet and sheet.peer, "data sheet", 0.7, 0.2, "not over NVLink: nvidia-smi topo -m",
+                  playbook(rt, "peer"))
 
 
 # Bytes over a rank's link for each byte of the whole buffer (nccl-tests, doc/PERFORMANCE.md): "bus bandwidth" is what compares
@@ -795,11 +801,10 @@ def probe_collectives(cfg, rt, rows):
             if size == 2**10:
                 yield row(f"{name}, {label}", 1e6 * seconds, "µs", how)
                 continue
-            one_machine = n == _env("LOCAL_WORLD_SIZE", n)
-            yield row(f"{name}, {label}", BUS_FACTOR[name](n) * buffer / seconds / 1e9, "GB/s",
-                      f"bus bandwidth, {how}; {buffer / seconds / 1e9:.3g} by the buffer", sheet.peer if sheet and large and one_machine else None,
-                      "to a peer, data sheet", 0.7, 0.2, "not over NVLink: NCCL_DEBUG=INFO, look for P2P; unset NCCL_P2P_DISABLE",
-                      PLAYBOOK_H100.get(name, "") if "H100" in rt.name and large else "")
+            speed, peer = buffer / seconds / 1e9, sheet and large and n == _env("LOCAL_WORLD_SIZE", n) and sheet.peer
+            yield row(f"{name}, {label}", speed * BUS_FACTOR[name](n), "GB/s", f"bus bandwidth, {how}; {speed:.3g} by the buffer",
+                      peer, "to a peer, data sheet", 0.7, 0.2,
+                      "not over NVLink: NCCL_DEBUG=INFO, look for P2P; unset NCCL_P2P_DISABLE", playbook(rt, name) if large else "")
     for what in ("matmul", "memory"):
         mine = [r["value"] for r in rows if r["probe"] == what and (r.get("main") or r.get("dtype") in ("fp32", "bf16"))]
         everyone = torch.zeros(n, device=rt.device)
@@ -850,7 +855,7 @@ def scratch_file(folder, least):
 
 
 def timed_reads(path, flags, size, block, threads, ordered, seconds=0.3):
-    """Threads read blocks, in order or at random places, for so long or to the file's end -> (bytes/s, sorted seconds of each)."""
+    """Threads read blocks, in order or at random places, for so long or to the end -> (bytes/s, sorted seconds of each)."""
     evict(path)
     fd, taken, count = os.open(path, os.O_RDONLY | flags), [[] for _ in range(threads)], size // block
     begin = time.perf_counter()
@@ -899,8 +904,9 @@ def probe_storage(cfg, rt, rows):
     yield row("write", write / 1e9, "GB/s", f"{kind}, fsync every 64 MiB") | dict(advice=doubt)
     for (block, threads), (speed, taken) in reads.items():
         p50, p99 = (1e6 * taken[int(q * (len(taken) - 1))] for q in (0.5, 0.99))
-        yield row(f"{'sequential, 1 MiB' if block == 2**20 else 'random, 16 KiB'}, {threads} thread{'s' * (threads > 1)}", speed / 1e9,
-                  "GB/s", f"{speed / block:,.0f} reads/s, p50 {p50:,.0f} µs, p99 {p99:,.0f} µs; {how}") | dict(advice=doubt)
+        what = f"{'sequential, 1 MiB' if block == 2**20 else 'random, 16 KiB'}, {threads} thread{'s' * (threads > 1)}"
+        yield row(what, speed / 1e9, "GB/s", f"{speed / block:,.0f} reads/s, p50 {p50:,.0f} µs, p99 {p99:,.0f} µs; {how}") | dict(
+            advice=doubt)
     if not doubt:
         yield from needs(cfg, rt, rows, write, best)
 
@@ -913,13 +919,14 @@ def needs(cfg, rt, rows, write, read):
     if flops:
         gpus, width = 8 if rt.device.type == "cuda" else 1, 2 if c.vocab_size <= 65536 else 4
         tokens = 0.3 * flops / flops_per_token(c, c.max_position_embeddings) * gpus
-        yield row(f"  {cfg.preset}: loader", read / 1e6, "MB/s", f"{tokens:,.0f} tok/s" + " on 8 GPUs" * (gpus > 1) + f" at 30 % of the "
-                  f"matmuls' speed, {width} bytes each", 10 * tokens * width / 1e6, "ten times what it reads", 1, 0.1,
+        how = f"{tokens:,.0f} tok/s{' on 8 GPUs' * (gpus > 1)} at 30 % of the matmuls' speed, {width} bytes each"
+        yield row(f"  {cfg.preset}: loader", read / 1e6, "MB/s", how, 10 * tokens * width / 1e6, "ten times what it reads", 1, 0.1,
                   "the disk will stall the training")
     state, hours = 12 * num_params(c), 2.1  # fp32 weights and two Adam moments
     share = state / write / (3600 * hours)
-    yield judged(row(f"  {cfg.preset}: checkpoint", state / write, "s", f"{state / 1e9:,.3g} GB; {100 * share:.2g} % of the time, "
-                     f"at one in {hours} h"), share < 0.02, "2 % at most expected: a faster disk or fewer checkpoints", "FAIL")
+    how = f"{state / 1e9:,.3g} GB; {100 * share:.2g} % of the time, at one in {hours} h"
+    yield judged(row(f"  {cfg.preset}: checkpoint", state / write, "s", how), share < 0.02,
+                 "2 % at most expected: a faster disk or fewer checkpoints", "FAIL")
 
 
 def probe_loader(cfg, rt, rows):
@@ -941,8 +948,8 @@ def probe_loader(cfg, rt, rows):
         yield row("loader, cold file", n * T / seconds, "tok/s", f"the first {n} rows of {T}, one thread") if cold else note(
             "loader, cold file", "the page cache kept the file")
         loader.sources[0].train.max()  # reads all of it
-        here = SimpleNamespace(device=torch.device("cpu"))
-        yield row("loader, warm file", n * T / seconds_of(here, lambda: loader.batch(0, n)), "tok/s", f"{n} rows of {T}, one thread")
+        warm = seconds_of(SimpleNamespace(device=torch.device("cpu")), lambda: loader.batch(0, n))
+        yield row("loader, warm file", n * T / warm, "tok/s", f"{n} rows of {T}, one thread")
         first = None
         for steps in (32_000, 3_200_000, 10**9):
             before, start = resident_bytes(), time.perf_counter()
@@ -973,8 +980,8 @@ def gpu_health(rt):
     told = {name: smi(rt, field) for name, field in fields.items()}
     torch.cuda.synchronize()
     got, rows = {k: float(v) for k, v in told.items() if v and re.fullmatch(r"[\d.]+", v)}, []
-    if "temperature" in got:
-        rows.append(judged(row("GPU temperature", got["temperature"], "°C", "under load"), got["temperature"] < 85, "it will throttle"))
+    if (heat := got.get("temperature")) is not None:
+        rows.append(judged(row("GPU temperature", heat, "°C", "under load"), heat < 85, "it will throttle"))
     if {"clock", "highest clock"} <= set(got):
         rows.append(row("GPU clock", got["clock"], "MHz", "under load", got["highest clock"], "its highest", 0.75, 0.5,
                         "power or heat holds it down"))
@@ -1000,8 +1007,9 @@ def probe_health(cfg, rt, rows):
         with contextlib.suppress(OSError, TypeError):
             return re.search(pattern, Path(path).read_text(), re.M)[1].strip()
         unread.append(what)
-    flags = set((read("CPU flags", "/proc/cpuinfo", r"^(?:flags|Features)\s*:(.*)$") or "").split())
-    yield note("CPU", ", ".join([cpu_name(), *(f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16") if f in flags)]))
+    flags = (read("CPU flags", "/proc/cpuinfo", r"^(?:flags|Features)\s*:(.*)$") or "").split()
+    fast = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16") if f in flags]
+    yield note("CPU", ", ".join([cpu_name(), *fast]))
     share = _cores() / _env("LOCAL_WORLD_SIZE", 1)
     yield judged(row("threads", rt.threads, "", f"{share:g} cores are this process's"), rt.threads == max(1, int(share)),
                  "fewer leave cores idle, more wait for each other: OMP_NUM_THREADS")
@@ -1024,8 +1032,8 @@ def probe_health(cfg, rt, rows):
         yield note("not readable here", ", ".join(unread))
 
 
-PROBES = dict(matmul=probe_matmul, memory=probe_memory, transfer=probe_transfer, peers=probe_peers, collectives=probe_collectives,
-              storage=probe_storage, loader=probe_loader, health=probe_health)
+PROBES = dict(matmul=probe_matmul, memory=probe_memory, transfer=probe_transfer, peers=probe_peers,
+              collectives=probe_collectives, storage=probe_storage, loader=probe_loader, health=probe_health)
 
 
 def shape_of(cfg):
@@ -1049,9 +1057,10 @@ def probe(cfg, rt, stop):
                 if stop.signal == "SIGINT":
                     raise KeyboardInterrupt
         except Exception as e:  # a rank that has died, a full disk, no memory
-            text = f"{cfg.path}: {e.strerror}: a writable directory expected as --path" if isinstance(e, OSError) and e.strerror else (
-                "a rank has died or hangs: " * (name == "collectives") + f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]:.150}")
-            rows.append(dict(probe=name) | note(name, text, "FAIL"))
+            text = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]:.150}"
+            if name in ("storage", "loader") and getattr(e, "strerror", None):
+                text = f"{cfg.path}: {e.strerror}: a writable directory expected as --path"
+            rows.append(dict(probe=name) | note(name, "a rank has died or hangs: " * (name == "collectives") + text, "FAIL"))
             show_row(rows[-1])
     return rows
 
@@ -1071,7 +1080,7 @@ def main(cfg):
             dist.barrier(rt.group)
         rows = probe(cfg, rt, stop)
     if cfg.json and rt.rank == 0:
-        write_json(cfg.json, finite(dict(machine=rt.name, date=date, torch=torch.__version__)) | dict(rows=[finite(r) for r in rows]))
+        write_json(cfg.json, dict(machine=rt.name, date=date, torch=torch.__version__, rows=[finite(r) for r in rows]))
     failed = [r["what"].strip() for r in rows if r["verdict"] == "FAIL"]
     print(f"{len(rows)} rows, {len(failed)} FAIL" + ": " * bool(failed) + ", ".join(failed))
     if cfg.strict and failed:
@@ -1153,10 +1162,10 @@ def layout(p, c, memory):
             each = -(-rows // (p.gpus // tp))  # of one replica in a step
             fits = [m for m in range(1, each + 1) if each % m == 0 and gpu_memory(c, tp, m)["total"] <= memory]
             if fits and fits[-1] >= min(least, each):
-                return tp, p.micro_batch or fits[-1], ("as asked" if p.tp or p.micro_batch else
-                                                       f"the smallest tp at which {fits[-1]} of a replica's {each} rows fit at once")
-    return None, None, (f"does not fit into {memory / 1e9:g} GB with tp of {', '.join(map(str, sizes))}: recomputation, optimizer "
-                        f"states split over replicas (ZeRO), or a larger GPU")
+                why = f"the smallest tp at which {fits[-1]} of a replica's {each} rows fit at once"
+                return tp, p.micro_batch or fits[-1], "as asked" if p.tp or p.micro_batch else why
+    return None, None, (f"does not fit into {memory / 1e9:g} GB with tp of {', '.join(map(str, sizes))}: recomputation, "
+                        f"optimizer states split over replicas (ZeRO), or a larger GPU")
 
 
 def plan(p):
@@ -1165,8 +1174,8 @@ def plan(p):
     c = model.Config(**{f.name: getattr(p, f.name) for f in dataclasses.fields(model.Config)})
     N, T, each = model.num_params(c), c.max_position_embeddings, model.flops_per_token(c, c.max_position_embeddings)
     tokens = p.tokens or 20 * N
-    print(f"{p.preset}: {N:,} parameters, {each / 1e9:.4g} GFLOP per token (6N + 12LHDT, rows of {T:,}), {each * tokens:.3g} FLOP "
-          f"for {tokens:.4g} tokens\n")
+    print(f"{p.preset}: {N:,} parameters, {each / 1e9:.4g} GFLOP per token (6N + 12LHDT, rows of {T:,}), "
+          f"{each * tokens:.3g} FLOP for {tokens:.4g} tokens\n")
     if not p.gpu and not p.why:
         return dict(params=N, tokens=tokens) | plan_here(p, c, tokens)
     sheet = data_sheet(p.gpu or "h100")
@@ -1183,9 +1192,11 @@ def plan_time(p, N, each, tokens, speed, peak):
     """Days, cost, and GPUs for a deadline, by each way of counting."""
     hours = tokens / speed / 3600
     days, by_6n, by_all = hours / p.gpus / 24, 6 * N * speed / peak, each * speed / peak
-    print(f"time        {days:.1f} days on {p.gpus:,} x {p.gpu} at {speed:,.0f} tok/s each; MFU {by_6n:.1%} (6N), {by_all:.1%} "
+    long = f"{days:.1f} days" if days > 2 else f"{24 * days:.2g} hours"
+    print(f"time        {long} on {p.gpus:,} x {p.gpu} at {speed:,.0f} tok/s each; MFU {by_6n:.1%} (6N), {by_all:.1%} "
           f"(6N + 12LHDT) of {peak / 1e12:g} TFLOP/s\n"
-          f"cost        {hours:,.0f} GPU-hours, {hours * p.price:,.0f} at {p.price:g} an hour (SmolLM3's ablations and repairs: 58 % more)")
+          f"cost        {hours:,.0f} GPU-hours, {hours * p.price:,.0f} at {p.price:g} an hour; SmolLM3's ablations and repairs "
+          f"took 58 % more")
     needed, rounded = {}, {"6N of the rounded N": 6 * p.params} if p.params else {}
     for name, flops in (rounded | {"6N": 6 * N, "6N + 12LHDT": each}).items():
         exact = math.ceil(flops * tokens / (p.mfu * peak * p.days * 86_400))
@@ -1200,11 +1211,12 @@ def plan_layout(p, c, speed, sheet):
     from model import num_params
     N, T = num_params(c), c.max_position_embeddings
     tp, micro, reason = layout(p, c, 1e9 * sheet.gb)
-    print(f"\nGB of the {sheet.gb} of a {p.gpu}{'states':>12}{'activations':>13}{'(recomputed)':>14}{'logits':>9}{'all':>9}")
+    columns = dict(states=12, activations=13, recomputed=13, logits=9, total=9)
+    print(f"\nGB, of {sheet.gb} on a {p.gpu}".ljust(29) + "".join(f"{name:>{width}}" for name, width in columns.items()))
     for t in sorted({1, 2, 4, tp or 1}):
         m = gpu_memory(c, t, micro or 1)
-        print(f"tp={t} micro_batch={micro or 1:<4}{'<--' if t == tp else '':7}" + "".join(
-            f"{m[part] / 1e9:{w}.1f}" for part, w in (("states", 12), ("activations", 13), ("recomputed", 14), ("logits", 9), ("total", 9))))
+        print(f"tp={t} micro_batch={micro or 1:<4}{'<--' if t == tp else '':8}" + "".join(
+            f"{m[name] / 1e9:{width}.1f}" for name, width in columns.items()))
     if tp is None:
         print(f"\nlayout      {reason}")
         return dict(tp=None)
@@ -1215,16 +1227,18 @@ def plan_layout(p, c, speed, sheet):
     tp_bytes = c.num_hidden_layers * 4 * c.hidden_size * 2 * 2 * (tp - 1) / tp * batch / dp  # bf16, 2 all-reduces each way
     dp_bytes = 2 * (dp - 1) / dp * 4 * N / tp
     every = math.sqrt(2 * p.save_seconds * hours * 3600)  # Young 1974; Daly 2006 takes the time of the save off
-    lost, share = p.save_seconds / every + every / 7200 / hours, dp_bytes / link / 1e9 / step
-    print(f"\nlayout      tp={tp} dp={dp} micro_batch={micro}, {rounds} pass{'es' * (rounds > 1)} a step: {batch:,} tokens in {step:.3f} s: "
-          f"{reason}\n"
-          f"traffic     of one GPU in a step: tensor-parallel {tp_bytes / 1e9:.1f} GB, {tp_bytes / 1e9 / sheet.peer:.3f} s at {sheet.peer:g} GB/s; "
-          f"gradients {dp_bytes / 1e9:.1f} GB, {dp_bytes / 1e9 / link:.3f} s at {link:g} GB/s: {share:.0%} of the step, which the backward "
-          f"pass {'can' if share < 0.6 else 'cannot'} hide\n"
-          f"checkpoint  {12 * N / 1e9:.1f} GB every {every / 3600:.1f} h (Young; {(every - p.save_seconds) / 3600:.2f} by Daly), if saving takes "
-          f"{p.save_seconds:g} s and a GPU fails every {hours:,.0f} h: {lost:.1%} of the time lost")
-    return dict(tp=tp, dp=dp, micro_batch=micro, accumulation=rounds, step_tokens=batch, step_seconds=step, memory=gpu_memory(c, tp, micro),
-                tp_bytes=tp_bytes, dp_bytes=dp_bytes, checkpoint_bytes=12 * N, checkpoint_seconds=every, lost=lost)
+    lost = p.save_seconds / every + every / 7200 / hours
+    share, tp_share = dp_bytes / link / 1e9 / step, tp_bytes / sheet.peer / 1e9 / step
+    print(f"\nlayout      tp={tp} dp={dp} micro_batch={micro}, {rounds} pass{'es' * (rounds > 1)} a step: {batch:,} tokens in "
+          f"{step:.3f} s: {reason}\n"
+          f"traffic     of a GPU in a step: tensor-parallel {tp_bytes / 1e9:.1f} GB, {tp_share:.0%} of the time at {sheet.peer:g} "
+          f"GB/s{': too much, recompute activations instead' * (tp_share > 0.2)};\n            gradients {dp_bytes / 1e9:.1f} GB, "
+          f"{share:.0%} of the time at {link:g} GB/s, {'less' if share < 0.6 else 'more'} than the backward pass can hide\n"
+          f"checkpoint  {12e-9 * N:.3g} GB every {every / 3600:.1f} h (Young; {(every - p.save_seconds) / 3600:.2f} by Daly) if "
+          f"saving takes {p.save_seconds:g} s and a GPU fails every {hours:,.0f} h: {lost:.1%} of the time lost")
+    return dict(tp=tp, dp=dp, micro_batch=micro, accumulation=rounds, step_tokens=batch, step_seconds=step,
+                memory=gpu_memory(c, tp, micro), tp_bytes=tp_bytes, dp_bytes=dp_bytes, checkpoint_bytes=12 * N,
+                checkpoint_seconds=every, lost=lost)
 
 
 def plan_here(p, c, tokens):
@@ -1236,14 +1250,15 @@ def plan_here(p, c, tokens):
         try:
             done = subprocess.run([*command, f"--num_hidden_layers={layers}"], capture_output=True, text=True, timeout=300)
             if done.returncode:
-                raise ValueError((done.stderr.strip().splitlines() or [f"ended by signal {-done.returncode}: out of memory?"])[-1])
-            runs[layers] = json.loads(done.stdout.splitlines()[-1])
+                raise ValueError((done.stderr.strip().splitlines() or [f"status {done.returncode}: out of memory?"])[-1])
+            runs[layers] = json.loads((done.stdout.splitlines() or [""])[-1])
         except (subprocess.TimeoutExpired, ValueError) as e:
             raise SystemExit(f"python train.py {p.preset} --bench with {layers} layers, to measure this machine: {str(e)[-150:]}; "
                              f"--gpu=h100 plans for another one") from None
     line = lambda key: runs[1][key] + (L - 1) * (runs[3][key] - runs[1][key]) / 2
     speed, peak = runs[1]["tok_per_s"] * runs[1]["seconds_per_step"] / line("seconds_per_step"), line("peak_memory_bytes")
-    print(f"here        {runs[1]['machine']}: {speed:,.0f} tok/s, {peak / 1e6:,.0f} MB at the peak; check: python train.py {p.preset} --bench\n"
+    print(f"here        {runs[1]['machine']}: {speed:,.0f} tok/s, {peak / 1e6:,.0f} MB at the peak; to check: python train.py "
+          f"{p.preset} --bench\n"
           f"            (measured: {runs[1]['tok_per_s']:,} tok/s with 1 layer, {runs[3]['tok_per_s']:,} with 3)\n"
           f"time        {tokens / speed / 3600:,.2f} hours for {tokens:.3g} tokens")
     return dict(tok_per_s=speed, peak_memory_bytes=peak)
@@ -1268,7 +1283,7 @@ def compass(p, N, tokens, speed):
        Train, once evaluation, data and ablations are there: {cost(tokens)} for {tokens:.3g} tokens,
        and more than half of that again for ablations and repairs (SmolLM3: 276,480 + 161,280 GPU-hours).
 
-None is true, or you are not sure: don't train, fine-tune: {tuning / tokens:.2%} of the cost. python sft.py --init=out/base shows how.""")
+None is true, or you are not sure: don't train, fine-tune: {tuning / tokens:.2%} of the cost. How: python sft.py""")
     return dict(fine_tune_hours=tuning / speed / 3600, pretrain_hours=tokens / speed / 3600)
 
 
