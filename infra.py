@@ -190,6 +190,8 @@ def _device(cfg):
         device = torch.device(best if cfg.device == "auto" else cfg.device)
         if device.type == "cuda" and _env("WORLD_SIZE", 1) > 1:
             device = torch.device("cuda", _env("LOCAL_RANK", 0))
+        if device.type == "cuda" and device.index is not None:
+            torch.cuda.set_device(device)  # else waiting would wait for GPU 0
         torch.empty(1, device=device)
     except Exception:  # torch raises anything from AssertionError to RuntimeError here
         raise SystemExit(f"--device={cfg.device}: not usable on this machine, by its process {_env('LOCAL_RANK', 0)}: "
@@ -249,8 +251,6 @@ def _groups(device, world, tp):
     """-> (data-parallel group, tensor-parallel group) of this process; None instead of a group of one."""
     dp_group = tp_group = None
     if world > 1:
-        if device.type == "cuda":
-            torch.cuda.set_device(device)
         if not dist.is_initialized():
             dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo", **_store())
         if tp > 1:  # neighbours share a model, for they share a machine and its NVLink
@@ -368,24 +368,22 @@ def cpu_name():
     return platform.processor() or platform.machine()
 
 
-Sheet = namedtuple("Sheet", "bf16 fp16 fp8 fp32 gb gbs peer host")
+Sheet = namedtuple("Sheet", "bf16 fp16 fp8 fp32 gb gbs peer")
 # Vendors' data sheets: dense TFLOP/s (the "sparse" figures are twice these and never reached), fp32 without tensor cores (TF32
-# is half of bf16); GB of memory, its GB/s; GB/s to another GPU and to the host, one direction. First match wins.
+# is half of bf16); GB of memory, its GB/s; GB/s to another GPU, one direction. First match wins.
 SHEETS = {
-    "B200": Sheet(2250, 2250, 4500, 80, 180, 8000, 900, 63), "H200 NVL": Sheet(835, 835, 1671, 60, 141, 4800, 450, 63),
-    "H200": Sheet(989, 989, 1979, 67, 141, 4800, 450, 63), "H100 PCIe": Sheet(756, 756, 1513, 51, 80, 2000, 63, 63),
-    "H100 NVL": Sheet(835, 835, 1671, 60, 94, 3938, 300, 63), "H100": Sheet(989, 989, 1979, 67, 80, 3350, 450, 63),
-    "A100-SXM4-40GB": Sheet(312, 312, None, 19.5, 40, 1555, 300, 31.5),
-    "A100-PCIE-40GB": Sheet(312, 312, None, 19.5, 40, 1555, 31.5, 31.5),
-    "A100 80GB PCIe": Sheet(312, 312, None, 19.5, 80, 1935, 31.5, 31.5),
-    "A100": Sheet(312, 312, None, 19.5, 80, 2039, 300, 31.5),
-    "L40S": Sheet(362, 362, 733, 91.6, 48, 864, 31.5, 31.5), "RTX 4090": Sheet(165.2, 165.2, 330, 82.6, 24, 1008, 31.5, 31.5),
-    "T4": Sheet(None, 65, None, 8.1, 16, 320, 15.75, 15.75), "MI300X": Sheet(1307, 1307, 2615, 163.4, 192, 5300, 64, 63)}
+    "B200": Sheet(2250, 2250, 4500, 75, 180, 8000, 900), "H200 NVL": Sheet(835, 835, 1671, 60, 141, 4800, 450),
+    "H200": Sheet(989, 989, 1979, 67, 141, 4800, 450), "H100 PCIe": Sheet(756, 756, 1513, 51, 80, 2000, 63),
+    "H100 NVL": Sheet(835, 835, 1671, 60, 94, 3938, 300), "H100": Sheet(989, 989, 1979, 67, 80, 3350, 450),
+    "A100-SXM4-40GB": Sheet(312, 312, None, 19.5, 40, 1555, 300), "A100-PCIE-40GB": Sheet(312, 312, None, 19.5, 40, 1555, 31.5),
+    "A100 80GB PCIe": Sheet(312, 312, None, 19.5, 80, 1935, 31.5), "A100": Sheet(312, 312, None, 19.5, 80, 2039, 300),
+    "L40S": Sheet(362, 362, 733, 91.6, 48, 864, 31.5), "RTX 4090": Sheet(165.2, 165.2, 330, 82.6, 24, 1008, 31.5),
+    "T4": Sheet(None, 65, None, 8.1, 16, 320, 15.75), "MI300X": Sheet(1307, 1307, 2615, 163.4, 192, 5300, 64)}
 
 
 def data_sheet(name):
     """What the vendor promises of the GPU called `name`, or None: never another device's figures."""
-    if re.search(r"Laptop|MIG|4090 D", name):  # smaller than what their name contains
+    if re.search(r"Laptop|MIG|4090 D|GRID|-\d+[ABCQ]\b|64GB", name):  # parts and variants of what their name contains
         return None
     return next((sheet for key, sheet in SHEETS.items() if re.search(rf"\b{key}\b", name, re.I)), None)
 
@@ -556,7 +554,7 @@ class Log:
 @dataclasses.dataclass
 class Config(Machine):
     preset: str = ""     # whose shapes and needs; default: small, on a GPU smollm3-3b (a bare word does it too)
-    only: str = ""       # matmul,memory,transfer,peers,collectives,storage,loader,health; default: all
+    only: str = ""       # health,matmul,memory,transfer,peers,collectives,storage,loader; default: all
     path: str = "."      # directory whose disk is measured: where data and checkpoints will lie
     json: str = ""       # write the rows to this file, which the other scripts take as --probe
     strict: bool = False  # exit with status 1 if anything FAILs
@@ -564,23 +562,21 @@ class Config(Machine):
 
 # The playbook's measurements on 8 x H100 (its chapter on infrastructure), corrected: it sets fp8 beside 3960, a figure for
 # sparse matrices where dense ones reach 1979; and its row "fp32" ran in TF32, whose dense peak is 495, not 67.
-PLAYBOOK_H100 = {"bf16": "714-758", "fp16": "687-732", "fp8": "1210-1457", "tf32": "356-396", "copy": "3040",
-                 "host": "14.2 over PCIe 4 x8", "peer": "364.9", "all_reduce": "480", "all_to_all": "344"}
+PLAYBOOK_H100 = {"matmul bf16": "714-758", "matmul fp16": "687-732", "matmul fp8": "1210-1457", "matmul tf32": "356-396",
+                 "copy, memory": "3040", "host to device, pinned": "14.2 over PCIe 4 x8", "GPU 0 to GPU 1": "364.9",
+                 "all_reduce, 1024 MiB": "480", "all_to_all, 1024 MiB": "344"}
 
 
-def playbook(rt, key):
-    """The playbook's figure, on its GPU."""
-    return PLAYBOOK_H100.get(key, "") if "H100" in rt.name else ""
-
-
-def row(what, value, unit="", convention="", reference=None, source="", good=0.7, poor=0.5, advice="", playbook="", **more):
+def row(what, value, unit="", convention="", reference=None, source="", good=0.7, poor=0.5, advice="", fine=None, bad="WARN",
+        **more):
     """One line of the table. reference: what the value is set beside, in the same unit, and the source of that; None: nobody
-    published a figure, and nothing is judged. PASS from good * reference on, FAIL below poor * reference."""
+    published a figure, and nothing is judged. PASS from good * reference on, FAIL below poor * reference; or `bad` unless it is `fine`."""
     share = value / reference if value is not None and reference else None
     verdict = "n/a" if share is None else "PASS" if share >= good else "WARN" if share >= poor else "FAIL"
+    verdict = verdict if fine is None else "PASS" if fine else bad
     return dict(what=what, value=value, unit=unit, convention=convention, reference=reference, source=source,
                 percent=None if share is None else round(100 * share, 1), verdict=verdict,
-                advice=advice if verdict in ("WARN", "FAIL") else "", playbook=playbook) | more
+                advice=advice if verdict in ("WARN", "FAIL") else "") | more
 
 
 def note(what, text, verdict="n/a"):
@@ -588,16 +584,11 @@ def note(what, text, verdict="n/a"):
     return row(what, None) | dict(verdict=verdict, advice=text)
 
 
-def judged(row, fine, advice, verdict="WARN"):
-    """The row with a verdict of its own, where no share of a reference tells it."""
-    return row | (dict(verdict="PASS") if fine else dict(verdict=verdict, advice=advice))
-
-
 def show_row(r):
     number = "" if r["value"] is None else f"{r['value']:,.0f}" if r["value"] >= 100 else f"{r['value']:.3g}"
     percent = "" if r["percent"] is None else f"{r['percent']:.0f} %"
     text = "; ".join(filter(None, (r["advice"], r["reference"] and f"of {r['reference']:,.4g}, {r['source']}",
-                                   r["playbook"] and f"playbook's H100: {r['playbook']}", r["convention"])))
+                                   r["playbook"] and f"{r['playbook']} in the playbook", r["convention"])))
     print(f"{r['what']:36} {number:>10} {r['unit']:8} {percent:>6}  {r['verdict']:4}  {text}", flush=True)
 
 
@@ -624,9 +615,9 @@ def tflops(rt, m, k, n, kind):
     a, b = (torch.randn(shape, device=rt.device).to(getattr(torch, dtype)) for shape in ((m, k), (n, k)))
     one, precision = torch.ones((), device=rt.device), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
+    call = lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16) if kind == "fp8" else torch.mm(a, b.T)
     try:
-        return 2e-12 * m * k * n / seconds_of(rt, (lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16))
-                                              if kind == "fp8" else lambda: torch.mm(a, b.T))
+        return 2e-12 * m * k * n / seconds_of(rt, call, least=0.2 if a.is_cuda else 0.02)  # a GPU must get warm to throttle
     finally:
         torch.set_float32_matmul_precision(precision)
 
@@ -645,17 +636,17 @@ def probe_matmul(cfg, rt, rows):
         except RuntimeError as e:  # fp8 where this build of torch has no kernel for it
             yield note(f"matmul {kind}", str(e).splitlines()[0][:100])
             continue
-        more = dict(convention=f"{size}³", dtype=kind, square=True, playbook=playbook(rt, kind))
+        more = dict(convention=f"{size}³", dtype=kind, square=True)
         if not cuda and kind == "bf16":
             more |= dict(reference=found["fp32"], source="fp32 here", good=1.2, poor=0.8,
                          advice="bf16 is emulated or hardly faster here: --dtype=float32")
         elif sheet:
             more |= dict(reference=sheet.bf16 and sheet.bf16 / 2 if kind == "tf32" else getattr(sheet, kind),
-                         source="dense, data sheet", advice="clocks and power cap (see health), another process on this GPU, "
-                                                            "or kernels made for another architecture")
+                         source="dense, data sheet", good=0.6, poor=0.45, advice="clocks and power cap (see health), another "
+                         "process on this GPU, or kernels made for another architecture")
         yield row(f"matmul {kind}", found[kind], "TFLOP/s", **more)
     main = "bf16" if rt.dtype == torch.bfloat16 else "tf32" if "tf32" in found else "fp32"
-    if not cuda and rt.threads > 1:
+    if rt.device.type == "cpu" and rt.threads > 1:
         torch.set_num_threads(1)
         alone = tflops(rt, size, size, size, main)
         torch.set_num_threads(rt.threads)
@@ -666,7 +657,7 @@ def probe_matmul(cfg, rt, rows):
     for name, k, n in (("q, o", d, c.num_attention_heads * heads), ("k, v", d, c.num_key_value_heads * heads),
                        ("gate, up", d, c.intermediate_size), ("down", c.intermediate_size, d), ("head", d, c.vocab_size)):
         yield row(f"  {cfg.preset}: {name}", tflops(rt, tokens, k, n, main), "TFLOP/s", f"{tokens} x {k} x {n}, {main}",
-                  found[main], "the square", 0.5, 0, "this shape wastes the machine: more tokens, wider matrices, multiples of 64")
+                  found.get(main), "the square", 0.5, 0, "this shape wastes the machine: more tokens, wider, multiples of 64")
 
 
 def free_memory():
@@ -688,7 +679,7 @@ def last_level_cache():
 def probe_memory(cfg, rt, rows):
     """Copies within the device's memory, large and small."""
     cuda, sheet = rt.device.type == "cuda", data_sheet(rt.name)
-    cache = 2**26 if cuda else last_level_cache()
+    cache = torch.cuda.get_device_properties(rt.device).L2_cache_size if cuda else last_level_cache()
     free = torch.cuda.mem_get_info(rt.device)[0] if cuda else free_memory() // _env("LOCAL_WORLD_SIZE", 1)
     large = min(2**30 if cuda else max(2**28, 4 * cache), free // 4)
     for what, size in (("memory", large), ("cache-sized", cache // 4), ("sub-megabyte", 2**18)):
@@ -696,7 +687,7 @@ def probe_memory(cfg, rt, rows):
         main, speed = what == "memory", 2e-9 * size / seconds_of(rt, lambda: b.copy_(a))
         how = f"{size / 2**20:,.4g} MiB, read + written" + ", may be cache" * (main and size < 4 * cache)
         yield row(f"copy, {what}", speed, "GB/s", how, sheet.gbs if main and sheet else None, "data sheet", 0.8, 0.6,
-                  "another process on this GPU, or throttling: see health", playbook(rt, "copy") if main else "", main=main)
+                  "another process on this GPU, or throttling: see health", main=main)
 
 
 def smi(rt, field):
@@ -715,18 +706,19 @@ def probe_transfer(cfg, rt, rows):
         yield note("host to device", "no CUDA device here: nothing to transfer")
         return
     size, link, source = 2**28, None, ""
-    generation, lanes = smi(rt, "pcie.link.gen.max"), smi(rt, "pcie.link.width.current")
+    there, paged = (torch.ones(size, dtype=torch.uint8, device=device) for device in (rt.device, "cpu"))
+    pinned = paged.pin_memory()
+    there.copy_(pinned)  # the link sleeps in a lower generation
+    generation, lanes = smi(rt, "pcie.link.gen.current"), smi(rt, "pcie.link.width.current")
     if generation and lanes:
         lane = {"1": 0.25, "2": 0.5, "3": 0.985, "4": 1.969, "5": 3.938, "6": 7.563}.get(generation, 0)
         link, source = lane * int(lanes), f"PCIe {generation} x{lanes} as negotiated"
         yield row("PCIe lanes", int(lanes), "", "", 16, "a full slot", 1, 0.5, "a narrower slot, or a hop on the way")
-    there, paged = (torch.empty(size, dtype=torch.uint8, device=device) for device in (rt.device, "cpu"))
-    pinned = paged.pin_memory()
     for what, to, come in (("host to device, pinned", there, pinned), ("device to host, pinned", pinned, there),
                            ("host to device, pageable", there, paged), ("device to host, pageable", paged, there)):
         speed, fast = size / 1e9 / seconds_of(rt, lambda: to.copy_(come, non_blocking=True)), "pinned" in what
-        yield row(what, speed, "GB/s", "one direction", link if fast else None, source, 0.8, 0.5,
-                  "an x8 or older hop, or memory of another NUMA node", playbook(rt, "host") if fast else "")
+        yield row(what, speed, "GB/s", "one direction", link if fast else None, source, 0.75, 0.5,
+                  "an x8 or older hop, or memory of another NUMA node")
 
     def round_trip():
         there[:4].copy_(pinned[:4], non_blocking=True)
@@ -749,8 +741,7 @@ def probe_peers(cfg, rt, rows):
             torch.cuda.synchronize(i), torch.cuda.synchronize(j)
         way = "peer access" if torch.cuda.can_device_access_peer(i, j) else "through the host"
         yield row(f"GPU {i} to GPU {j}", 2**28 / 1e9 / seconds_of(rt, copy), "GB/s", f"one direction, {way}",
-                  sheet and sheet.peer, "data sheet", 0.7, 0.2, "not over NVLink: nvidia-smi topo -m",
-                  playbook(rt, "peer"))
+                  sheet and sheet.peer, "data sheet", 0.7, 0.2, "slower than its link: nvidia-smi topo -m")
 
 
 # Bytes over a rank's link for each byte of the whole buffer (nccl-tests, doc/PERFORMANCE.md): "bus bandwidth" is what compares
@@ -764,7 +755,7 @@ def collective_calls(rt, size):
     n, group = rt.world_size, rt.group
     whole, part = torch.ones(size // 4 // n * n, device=rt.device), torch.ones(size // 4 // n, device=rt.device)
     other = torch.empty_like(whole)
-    collect = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # torch 2.13 renamed them
+    collect = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor  # their names before torch 2.13
     scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
     def send_recv():  # round the ring
@@ -787,30 +778,30 @@ def probe_collectives(cfg, rt, rows):
         calls, buffer = collective_calls(rt, size)
         label, large = f"{size // 2**20} MiB" if size >= 2**20 else f"{size // 2**10} KiB", size > 2**20
         for name, call in calls.items():
-            times = []
-            for _ in range(8 if large else 24):
+            times, each = [], 1 if large else 20  # a barrier lets ranks go tens of microseconds apart
+            for _ in range(8):
                 dist.barrier(rt.group)
                 start = time.perf_counter()
-                call()
+                for _ in range(each):
+                    call()
                 if cuda:
                     torch.cuda.synchronize()
-                times.append(time.perf_counter() - start)
+                times.append((time.perf_counter() - start) / each)
             slowest = torch.tensor([statistics.median(times[2:])], device=rt.device)
             dist.all_reduce(slowest, dist.ReduceOp.MAX, group=rt.group)
             seconds, how = float(slowest), f"median of the slowest of {n} ranks"
             if size == 2**10:
                 yield row(f"{name}, {label}", 1e6 * seconds, "µs", how)
                 continue
-            speed, peer = buffer / seconds / 1e9, sheet and large and n == _env("LOCAL_WORLD_SIZE", n) and sheet.peer
+            speed = buffer / seconds / 1e9
+            one_machine = n == _env("LOCAL_WORLD_SIZE", n) and torch.version.hip is None  # theirs has a link to each other GPU
             yield row(f"{name}, {label}", speed * BUS_FACTOR[name](n), "GB/s", f"bus bandwidth, {how}; {speed:.3g} by the buffer",
-                      peer, "to a peer, data sheet", 0.7, 0.2,
-                      "not over NVLink: NCCL_DEBUG=INFO, look for P2P; unset NCCL_P2P_DISABLE", playbook(rt, name) if large else "")
+                      sheet.peer if sheet and large and one_machine else None, "to a peer, data sheet", 0.7, 0.2,
+                      "slower than the link: NCCL_DEBUG=INFO, look for P2P; unset NCCL_P2P_DISABLE")
     for what in ("matmul", "memory"):
         mine = [r["value"] for r in rows if r["probe"] == what and (r.get("main") or r.get("dtype") in ("fp32", "bf16"))]
-        everyone = torch.zeros(n, device=rt.device)
-        everyone[rt.rank] = mine[-1] if mine else 0
-        dist.all_reduce(everyone, group=rt.group)
-        values = everyone.tolist()
+        values = [0.0] * n
+        dist.all_gather_object(values, mine[-1] if mine else 0.0, group=rt.group)
         for rank, value in enumerate(values if all(values) else ()):
             yield row(f"rank {rank}: {what}", value, "TFLOP/s" if what == "matmul" else "GB/s", "all ranks at once",
                       statistics.median(values), "median of the ranks", 0.95, 0.9, "a straggler: all others wait for it")
@@ -839,7 +830,10 @@ def in_page_cache(path):
 def evict(path):
     """Have the kernel forget a file's pages. Only what is on disk can go, so it is written first."""
     fd = os.open(path, os.O_RDWR)
-    os.fsync(fd), os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED), os.close(fd)
+    os.fsync(fd)
+    if hasattr(os, "posix_fadvise"):  # not on macOS: mincore will tell that the file has stayed
+        os.posix_fadvise(fd, 0, 0, os.POSIX_FADV_DONTNEED)
+    os.close(fd)
 
 
 @contextlib.contextmanager
@@ -925,8 +919,8 @@ def needs(cfg, rt, rows, write, read):
     state, hours = 12 * num_params(c), 2.1  # fp32 weights and two Adam moments
     share = state / write / (3600 * hours)
     how = f"{state / 1e9:,.3g} GB; {100 * share:.2g} % of the time, at one in {hours} h"
-    yield judged(row(f"  {cfg.preset}: checkpoint", state / write, "s", how), share < 0.02,
-                 "2 % at most expected: a faster disk or fewer checkpoints", "FAIL")
+    yield row(f"  {cfg.preset}: checkpoint", state / write, "s", how, fine=share < 0.02, bad="FAIL",
+              advice="2 % at most expected: a faster disk or fewer checkpoints")
 
 
 def probe_loader(cfg, rt, rows):
@@ -957,8 +951,9 @@ def probe_loader(cfg, rt, rows):
             loader.batch(steps * n - n, n)
             seconds, grown = time.perf_counter() - start, max(0, resident_bytes() - before) / 2**20
             first = first or (seconds, grown)
-            yield judged(row(f"loader's start, {steps:,} steps", 1e3 * seconds, "ms", f"{grown:.1f} MiB of memory"),
-                         grown < first[1] + 4 and seconds < 3 * first[0] + 0.05, "it grows with the length of the run", "FAIL")
+            yield row(f"loader's start, {steps:,} steps", 1e3 * seconds, "ms", f"{grown:.1f} MiB of memory",
+                      fine=grown < first[1] + 4 and seconds < 3 * first[0] + 0.05, bad="FAIL",
+                      advice="it grows with the length of the run")
 
 
 def resident_bytes():
@@ -969,33 +964,38 @@ def resident_bytes():
 
 
 def gpu_health(rt):
-    """Rows of what nvidia-smi tells of this GPU under load, and the names of what it does not tell."""
-    a = torch.randn(8192, 8192, device=rt.device, dtype=rt.dtype)
-    for _ in range(400):  # seconds of work, queued
-        a @ a
-    fields = {"temperature": "temperature.gpu", "clock": "clocks.sm", "highest clock": "clocks.max.sm", "power cap": "power.limit",
-              "default power cap": "power.default_limit", "throttle reasons": "clocks_throttle_reasons.active",
-              "uncorrected ECC errors": "ecc.errors.uncorrected.volatile.total", "row remaps pending": "remapped_rows.pending",
+    """Rows of what nvidia-smi tells of this GPU at work, and the names of what it does not tell."""
+    a = torch.randn(4096, 4096, device=rt.device, dtype=rt.dtype)
+    fields = {"temperature": "temperature.gpu", "clock": "clocks.sm", "highest clock": "clocks.max.sm",
+              "power cap": "power.limit", "default power cap": "power.default_limit",
+              "throttle reasons": "clocks_throttle_reasons.active", "row remap pending": "remapped_rows.pending",
+              "uncorrected ECC errors": "ecc.errors.uncorrected.volatile.total",
               "uncorrectable row remaps": "remapped_rows.uncorrectable"}
-    told = {name: smi(rt, field) for name, field in fields.items()}
-    torch.cuda.synchronize()
-    got, rows = {k: float(v) for k, v in told.items() if v and re.fullmatch(r"[\d.]+", v)}, []
-    if (heat := got.get("temperature")) is not None:
-        rows.append(judged(row("GPU temperature", heat, "°C", "under load"), heat < 85, "it will throttle"))
+    with ThreadPoolExecutor(1) as pool:  # asked after three seconds of work, and answered during it
+        answers = pool.submit(lambda: time.sleep(3) or {name: smi(rt, field) or "" for name, field in fields.items()})
+        while not answers.done():
+            a @ a
+            torch.cuda.synchronize()
+    told = {name: text.replace("Yes", "1").replace("No", "0") for name, text in answers.result().items()}
+    got = {name: float(int(text, 16) if text[:2] == "0x" else text) for name, text in told.items()
+           if re.fullmatch(r"0x[\da-fA-F]+|[\d.]+", text)}
+    rows = []
+    if "temperature" in got:
+        rows.append(row("GPU temperature", got["temperature"], "°C", "at work", fine=got["temperature"] < 85,
+                        advice="it will throttle: airflow"))
     if {"clock", "highest clock"} <= set(got):
-        rows.append(row("GPU clock", got["clock"], "MHz", "under load", got["highest clock"], "its highest", 0.75, 0.5,
+        rows.append(row("GPU clock", got["clock"], "MHz", "at work", got["highest clock"], "its highest", 0.75, 0.5,
                         "power or heat holds it down"))
-    if told["throttle reasons"]:
+    if "throttle reasons" in got:
         names = {4: "power cap", 8: "hardware slowdown", 32: "heat", 64: "heat, by the hardware", 128: "power brake"}  # nvml.h
-        bits = int(told["throttle reasons"], 16)
-        active = ", ".join(name for bit, name in names.items() if bits & bit)
-        rows.append(note("GPU throttling", active or "none", "FAIL" if bits & (8 | 32 | 64 | 128) else "PASS"))
+        active = {bit: name for bit, name in names.items() if int(got["throttle reasons"]) & bit}
+        rows.append(note("GPU throttling", ", ".join(active.values()) or "none", "FAIL" if set(active) - {4} else "PASS"))
     if {"power cap", "default power cap"} <= set(got):
         rows.append(row("GPU power cap", got["power cap"], "W", "", got["default power cap"], "the default", 0.99, 0.7,
                         "somebody lowered it: nvidia-smi -pl"))
-    rows += [judged(row(f"GPU {name}", got[name]), got[name] == 0, "its memory is failing: reset it, replace it if they grow")
-             for name in ("uncorrected ECC errors", "row remaps pending", "uncorrectable row remaps") if name in got]
-    return rows, [f"GPU's {name}" for name, value in told.items() if value is None]
+    rows += [row(f"GPU {name}", got[name], fine=got[name] == 0, advice="its memory is failing: reset it, replace it if they grow")
+             for name in ("uncorrected ECC errors", "row remap pending", "uncorrectable row remaps") if name in got]
+    return rows, [f"GPU's {name}" for name in fields if name not in got]
 
 
 def probe_health(cfg, rt, rows):
@@ -1011,8 +1011,9 @@ def probe_health(cfg, rt, rows):
     fast = [f for f in ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "bf16") if f in flags]
     yield note("CPU", ", ".join([cpu_name(), *fast]))
     share = _cores() / _env("LOCAL_WORLD_SIZE", 1)
-    yield judged(row("threads", rt.threads, "", f"{share:g} cores are this process's"), rt.threads == max(1, int(share)),
-                 "fewer leave cores idle, more wait for each other: OMP_NUM_THREADS")
+    if rt.device.type == "cpu":
+        yield row("threads", rt.threads, "", f"{share:g} cores are this process's", fine=rt.threads == max(1, int(share)),
+                  advice="fewer leave cores idle, more wait for each other: OMP_NUM_THREADS")
     governor = read("CPU governor", "/sys/devices/system/cpu/cpu0/cpufreq/scaling_governor")
     if governor:
         yield note("CPU governor", governor, "PASS" if governor == "performance" else "WARN")
@@ -1021,9 +1022,9 @@ def probe_health(cfg, rt, rows):
         time.sleep(0.3)
         ticks = [b - a for a, b in zip(*(map(int, line.split()) for line in (before, read("", "/proc/stat", r"^cpu (.*)$"))))]
         stolen, busy = (100 * x / max(1, sum(ticks[:8])) for x in (ticks[7], sum(ticks[:8]) - ticks[3] - ticks[4]))
-        yield judged(row("CPU time stolen by the host", stolen, "%"), stolen < 2, "the machine is shared: compare in pairs")
-        yield judged(row("CPU time used by others", busy, "%", "while this process slept"), busy < 10 or rt.world_size > 1,
-                     "something else runs here: every figure above is too low")
+        yield row("CPU time stolen by the host", stolen, "%", fine=stolen < 2, advice="the machine is shared: compare in pairs")
+        yield row("CPU time used by others", busy, "%", "while this process slept", fine=busy < 10 or rt.world_size > 1,
+                  advice="something else runs here: the figures below will be too low")
     for what, file in (("CPU quota", "cpu.max"), ("memory limit", "memory.max")):
         limit = read(f"{what} (cgroup)", f"/sys/fs/cgroup/{file}")
         if limit:
@@ -1032,8 +1033,8 @@ def probe_health(cfg, rt, rows):
         yield note("not readable here", ", ".join(unread))
 
 
-PROBES = dict(matmul=probe_matmul, memory=probe_memory, transfer=probe_transfer, peers=probe_peers,
-              collectives=probe_collectives, storage=probe_storage, loader=probe_loader, health=probe_health)
+PROBES = dict(health=probe_health, matmul=probe_matmul, memory=probe_memory, transfer=probe_transfer, peers=probe_peers,
+              collectives=probe_collectives, storage=probe_storage, loader=probe_loader)
 
 
 def shape_of(cfg):
@@ -1047,21 +1048,28 @@ def probe(cfg, rt, stop):
     rows, wanted = [], [w for w in cfg.only.split(",") if w] or PROBES
     if set(wanted) - set(PROBES):
         raise SystemExit(f"--only={cfg.only}: {', '.join(PROBES)} expected")
-    for name, function in PROBES.items():
-        if name not in wanted or rt.rank and name in ("storage", "loader", "health"):
-            continue
+
+    def add(name, r):
+        rows.append(dict(probe=name, playbook=PLAYBOOK_H100.get(r["what"], "") if "H100" in rt.name else "") | r)
+        show_row(rows[-1])
+        if stop.signal == "SIGINT":
+            raise KeyboardInterrupt
+    for name in (name for name in PROBES if name in wanted and not (rt.rank and name in ("storage", "loader"))):
         try:
-            for r in function(cfg, rt, rows):
-                rows.append(dict(probe=name) | r)
-                show_row(rows[-1])
-                if stop.signal == "SIGINT":
-                    raise KeyboardInterrupt
+            for r in PROBES[name](cfg, rt, rows):
+                add(name, r)
+            if name == "health" and rt.world_size > 1:  # rank 0 speaks for the others
+                sick = [r for r in rows if r["probe"] == name and r["verdict"] in ("WARN", "FAIL")]
+                everyone = [None] * rt.world_size
+                dist.all_gather_object(everyone, sick, group=rt.group)
+                for rank, theirs in enumerate(everyone[1:] if rt.rank == 0 else (), 1):
+                    for r in theirs:
+                        add(name, r | dict(what=f"rank {rank}: {r['what']}"))
         except Exception as e:  # a rank that has died, a full disk, no memory
             text = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]:.150}"
             if name in ("storage", "loader") and getattr(e, "strerror", None):
                 text = f"{cfg.path}: {e.strerror}: a writable directory expected as --path"
-            rows.append(dict(probe=name) | note(name, "a rank has died or hangs: " * (name == "collectives") + text, "FAIL"))
-            show_row(rows[-1])
+            add(name, note(name, text + "; has a rank died? Its own output says why" * (rt.world_size > 1), "FAIL"))
     return rows
 
 
@@ -1076,14 +1084,16 @@ def main(cfg):
     print(f"{rt.name} | {rt.world_size} process{'es' * (rt.world_size > 1)} | torch {torch.__version__} | {date}")
     with Stop() as stop:  # when a rank dies torchrun ends the others: the table is still printed
         if rt.world_size > 1:  # connected before anything is measured: who waits for a dead rank is told so
-            rt.group = dist.new_group(timeout=datetime.timedelta(seconds=60))
+            os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # an error, not the end of the process
+            rt.group = dist.new_group(timeout=datetime.timedelta(seconds=20))  # torchrun gives it thirty
             dist.barrier(rt.group)
         rows = probe(cfg, rt, stop)
     if cfg.json and rt.rank == 0:
-        write_json(cfg.json, dict(machine=rt.name, date=date, torch=torch.__version__, rows=[finite(r) for r in rows]))
+        write_json(cfg.json, dict(machine=rt.name, device=rt.device.type, date=date, torch=torch.__version__,
+                                   rows=[finite(r) for r in rows]))
     failed = [r["what"].strip() for r in rows if r["verdict"] == "FAIL"]
     print(f"{len(rows)} rows, {len(failed)} FAIL" + ": " * bool(failed) + ", ".join(failed))
-    if cfg.strict and failed:
+    if cfg.strict and failed and rt.rank == 0:  # of several ranks the first is the last to end
         raise SystemExit(1)
     return dict(machine=rt.name, rows=rows)
 
@@ -1197,12 +1207,13 @@ def plan_time(p, N, each, tokens, speed, peak):
           f"(6N + 12LHDT) of {peak / 1e12:g} TFLOP/s\n"
           f"cost        {hours:,.0f} GPU-hours, {hours * p.price:,.0f} at {p.price:g} an hour; SmolLM3's ablations and repairs "
           f"took 58 % more")
-    needed, rounded = {}, {"6N of the rounded N": 6 * p.params} if p.params else {}
-    for name, flops in (rounded | {"6N": 6 * N, "6N + 12LHDT": each}).items():
-        exact = math.ceil(flops * tokens / (p.mfu * peak * p.days * 86_400))
+    ways = {f"{name} at {p.mfu:.0%} of {peak / 1e12:g} TFLOP/s": flops / (p.mfu * peak) for name, flops in (
+        ("6N of the rounded N", 6 * p.params), ("6N", 6 * N), ("6N + 12LHDT", each)) if flops}
+    ways, needed = {f"{speed:,.0f} tok/s": 1 / speed} if p.tok_per_s else ways, {}
+    for name, seconds in ways.items():
+        exact = math.ceil(seconds * tokens / (p.days * 86_400))
         needed[name] = exact, 8 * -(-exact // 8)
-        print(f"deadline    {exact:,} GPUs for {p.days:g} days, {needed[name][1]:,} in machines of 8, at {p.mfu:.0%} of "
-              f"{peak / 1e12:g} TFLOP/s, counting {name}")
+        print(f"deadline    {exact:,} GPUs for {p.days:g} days, {needed[name][1]:,} in machines of 8, counting {name}")
     return dict(days=days, gpu_hours=hours, cost=hours * p.price, mfu_6N=by_6n, mfu=by_all, tok_per_s=speed, gpus_needed=needed)
 
 
