@@ -127,6 +127,11 @@ def cli(Config, presets={}, argv=None):
                     value = argv.pop(0)
                 else:
                     raise ValueError(f"--{key}: a value expected: --{key}=...")
+            if key == "preset":  # --preset=NAME is the bare word
+                if value not in presets:
+                    raise ValueError(f"--preset={value}: one of {', '.join(presets)} expected")
+                preset = presets[value]
+                continue
             if key == "config":
                 files = _config_file(value)
                 for name in files:
@@ -570,7 +575,8 @@ PLAYBOOK_H100 = {"matmul bf16": "714-758", "matmul fp16": "687-732", "matmul fp8
 def row(what, value, unit="", convention="", reference=None, source="", good=0.7, poor=0.5, advice="", fine=None, bad="WARN",
         **more):
     """One line of the table. reference: what the value is set beside, in the same unit, and the source of that; None: nobody
-    published a figure, and nothing is judged. PASS from good * reference on, FAIL below poor * reference; or `bad` unless it is `fine`."""
+    published a figure, and nothing is judged. PASS from good * reference on, FAIL below poor * reference. Or without one: PASS
+    if it is `fine`, else `bad`."""
     share = value / reference if value is not None and reference else None
     verdict = "n/a" if share is None else "PASS" if share >= good else "WARN" if share >= poor else "FAIL"
     verdict = verdict if fine is None else "PASS" if fine else bad
@@ -1144,36 +1150,43 @@ def plan_options():
                 least = f.name in ("gpus", "batch_tokens", "mfu", "days", "network", "save_seconds", "failure_hours")
                 if f.type in (int, float) and (getattr(self, f.name) < 0 or least and not getattr(self, f.name)):
                     raise ValueError(f"{f.name}={getattr(self, f.name)}: {'more than 0' if least else '0 or more'} expected")
-            if self.tp and (self.gpus % self.tp or self.num_key_value_heads % self.tp):
-                raise ValueError(f"tp={self.tp}: a divisor of gpus={self.gpus} and of num_key_value_heads="
-                                 f"{self.num_key_value_heads} expected")
+                value, most = getattr(self, f.name), 1e12 if f.type is int else 1e18
+                if f.type in (int, float) and value and not 1e-15 <= value <= most:
+                    raise ValueError(f"{f.name}={value:.3g}: 1e-15 to {most:.0e} expected")
+            if self.tp and (self.gpus % self.tp or not divides(self.tp, self)):
+                raise ValueError(f"tp={self.tp}: a divisor of gpus={self.gpus}, num_key_value_heads={self.num_key_value_heads}, "
+                                 f"intermediate_size={self.intermediate_size} and vocab_size={self.vocab_size} expected")
     return Plan
 
 
+def divides(tp, c):
+    """Can `tp` ranks share this model? (model.Transformer asks the same.)"""
+    return not any(n % tp for n in (c.num_key_value_heads, c.intermediate_size, c.vocab_size))
+
+
 def gpu_memory(c, tp, micro_batch):
-    """Bytes that train.py holds on one GPU, by part. states: weights, gradients and two Adam moments in fp32 and the weights in
-    bf16, 18 a parameter. activations: what the backward pass needs of SwiGLU and GQA in bf16 (counted as Korthikanti et al.,
-    arXiv 2205.05198, do for GPT); recomputed: if only the blocks' inputs were kept. logits: bf16, fp32, their log-softmax."""
-    from model import num_params
-    d, q, kv = c.hidden_size, c.num_attention_heads * c.head_size, c.num_key_value_heads * c.head_size
-    block, tokens = 2 * (4 * d + (2 * q + 2 * kv + 4 * c.intermediate_size) / tp), micro_batch * c.max_position_embeddings
-    parts = dict(states=18 * num_params(c) / tp, activations=c.num_hidden_layers * block * tokens,
-                 logits=10 * c.vocab_size / tp * tokens)
+    """model.training_bytes of one GPU, and besides "recomputed", activations if only the blocks' inputs were kept, and "total"."""
+    from model import training_bytes
+    tokens = micro_batch * c.max_position_embeddings
+    parts = training_bytes(c, tokens, tp)
     total = 1.05 * (sum(parts.values()) + 1.5e9)  # context, communication buffers, 5 % lost to fragmentation
-    return parts | dict(recomputed=(2 * d * c.num_hidden_layers + block) * tokens, total=total)
+    inputs = 2 * c.hidden_size * c.num_hidden_layers * tokens
+    return parts | dict(recomputed=inputs + parts["activations"] / c.num_hidden_layers, total=total)
 
 
 def layout(p, c, memory):
     """-> (tp, micro_batch, why): the smallest tp at which two rows fit, for each doubling costs traffic; else one row."""
     rows = -(-p.batch_tokens // c.max_position_embeddings)
-    sizes = [p.tp] if p.tp else [t for t in (1, 2, 4, 8) if c.num_key_value_heads % t == 0 and p.gpus % t == 0]
+    sizes = [p.tp] if p.tp else [t for t in (1, 2, 4, 8) if p.gpus % t == 0 and divides(t, c)]
     for least in (2, 1):
         for tp in sizes:
             each = -(-rows // (p.gpus // tp))  # of one replica in a step
-            fits = [m for m in range(1, each + 1) if each % m == 0 and gpu_memory(c, tp, m)["total"] <= memory]
-            if fits and fits[-1] >= min(least, each):
+            divisors = {m for d in range(1, math.isqrt(each) + 1) if each % d == 0 for m in (d, each // d)}
+            asked = [p.micro_batch] if p.micro_batch else sorted(divisors)
+            fits = [m for m in asked if gpu_memory(c, tp, m)["total"] <= memory]
+            if fits and (p.micro_batch or fits[-1] >= min(least, each)):
                 why = f"the smallest tp at which {fits[-1]} of a replica's {each} rows fit at once"
-                return tp, p.micro_batch or fits[-1], "as asked" if p.tp or p.micro_batch else why
+                return tp, fits[-1], "as asked" if p.tp or p.micro_batch else why
     return None, None, (f"does not fit into {memory / 1e9:g} GB with tp of {', '.join(map(str, sizes))}: recomputation, "
                         f"optimizer states split over replicas (ZeRO), or a larger GPU")
 
@@ -1225,8 +1238,8 @@ def plan_layout(p, c, speed, sheet):
     columns = dict(states=12, activations=13, recomputed=13, logits=9, total=9)
     print(f"\nGB, of {sheet.gb} on a {p.gpu}".ljust(29) + "".join(f"{name:>{width}}" for name, width in columns.items()))
     for t in sorted({1, 2, 4, tp or 1}):
-        m = gpu_memory(c, t, micro or 1)
-        print(f"tp={t} micro_batch={micro or 1:<4}{'<--' if t == tp else '':8}" + "".join(
+        m = gpu_memory(c, t, micro or p.micro_batch or 1)
+        print(f"tp={t} micro_batch={micro or p.micro_batch or 1:<4}{'<--' if t == tp else '':8}" + "".join(
             f"{m[name] / 1e9:{width}.1f}" for name, width in columns.items()))
     if tp is None:
         print(f"\nlayout      {reason}")
@@ -1254,22 +1267,30 @@ def plan_layout(p, c, speed, sheet):
 
 def plan_here(p, c, tokens):
     """This machine: train.py's own benchmark with one layer and with three; the other layers are a straight line."""
+    import model
     runs, L = {}, c.num_hidden_layers
-    shape = [f"--{f.name}={getattr(c, f.name)}" for f in dataclasses.fields(c) if f.name != "num_hidden_layers"]
+    T, usual = c.max_position_embeddings, model.Config(**model.PRESETS[p.preset] | dict(vocab_size=320))  # train.py's --bench
+    shape = [f"--{f.name}={getattr(c, f.name)}" for f in dataclasses.fields(c) if getattr(c, f.name) != getattr(usual, f.name)]
+    if T != usual.max_position_embeddings:  # whole rows, and a multiple of the larger presets' micro_batch
+        shape += [f"--batch_tokens={max(4, 2048 // T // 4 * 4) * T}"]
+    print(f"measuring train.py {p.preset} --bench with 1 and with 3 layers, two minutes at most each ...", flush=True)
     for layers in (1, 3):
         command = [sys.executable, str(Path(__file__).with_name("train.py")), p.preset, "--bench", *shape]
         try:
-            done = subprocess.run([*command, f"--num_hidden_layers={layers}"], capture_output=True, text=True, timeout=300)
+            done = subprocess.run([*command, f"--num_hidden_layers={layers}"], capture_output=True, text=True, timeout=120)
             if done.returncode:
-                raise ValueError((done.stderr.strip().splitlines() or [f"status {done.returncode}: out of memory?"])[-1])
-            runs[layers] = json.loads((done.stdout.splitlines() or [""])[-1])
-        except (subprocess.TimeoutExpired, ValueError) as e:
-            raise SystemExit(f"python train.py {p.preset} --bench with {layers} layers, to measure this machine: {str(e)[-150:]}; "
-                             f"--gpu=h100 plans for another one") from None
-    line = lambda key: runs[1][key] + (L - 1) * (runs[3][key] - runs[1][key]) / 2
+                raise ValueError(f"ended by signal {-done.returncode}: out of memory?" if done.returncode < 0 else
+                                 (done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"])[-1])
+            runs[layers] = json.loads((done.stdout.strip().splitlines() or [""])[-1])
+            if None in [runs[layers][key] for key in ("tok_per_s", "seconds_per_step", "peak_memory_bytes")]:
+                raise ValueError("no figures")
+        except (subprocess.TimeoutExpired, ValueError, KeyError, TypeError) as e:
+            raise SystemExit(f"python train.py {p.preset} --bench with {layers} layer{'s' * (layers > 1)}, to measure this machine: "
+                             f"{str(e)[-150:]}; --gpu=h100 plans for another one") from None
+    line = lambda key: runs[1][key] + (L - 1) * max(0, runs[3][key] - runs[1][key]) / 2
     speed, peak = runs[1]["tok_per_s"] * runs[1]["seconds_per_step"] / line("seconds_per_step"), line("peak_memory_bytes")
     print(f"here        {runs[1]['machine']}: {speed:,.0f} tok/s, {peak / 1e6:,.0f} MB at the peak; to check: python train.py "
-          f"{p.preset} --bench\n"
+          f"{' '.join([p.preset, '--bench', *shape])}\n"
           f"            (measured: {runs[1]['tok_per_s']:,} tok/s with 1 layer, {runs[3]['tok_per_s']:,} with 3)\n"
           f"time        {tokens / speed / 3600:,.2f} hours for {tokens:.3g} tokens")
     return dict(tok_per_s=speed, peak_memory_bytes=peak)
@@ -1301,6 +1322,7 @@ None is true, or you are not sure: don't train, fine-tune: {tuning / tokens:.2%}
 if __name__ == "__main__":
     import model
     if sys.argv[1:2] == ["plan"]:
+        sys.argv[0] += " plan"
         plan(cli(plan_options(), {name: dict(shape, preset=name) for name, shape in model.PRESETS.items()}, sys.argv[2:]))
     else:
         launch(main, cli(Config, {name: dict(preset=name) for name in model.PRESETS}))

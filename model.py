@@ -458,12 +458,14 @@ def kv_bytes_per_token(c, bytes_per_element=2):
     return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_size * bytes_per_element
 
 
-def training_bytes(c, tokens):
-    """Memory for one step on `tokens` tokens without recomputation: fp32 weights, gradients and two Adam moments
-    (16 B per parameter), bf16 activations that the backward pass needs, and the logits. An estimate, not a promise."""
+def training_bytes(c, tokens, tp=1):
+    """Memory of one process for a step on `tokens` tokens, by part; an estimate, not a promise. states: weights, gradients, two
+    Adam moments in fp32 and the weights in bf16, 18 B a parameter. activations: what the backward pass needs in bf16, nothing
+    recomputed (counted as Korthikanti et al., arXiv 2205.05198, do for GPT). logits: 16 B each, as measured."""
     q, kv = c.num_attention_heads * c.head_size, c.num_key_value_heads * c.head_size
-    activations = c.num_hidden_layers * 2 * (4 * c.hidden_size + 2 * q + 2 * kv + 4 * c.intermediate_size)
-    return 16 * num_params(c) + tokens * (activations + 10 * c.vocab_size)
+    block = 2 * (4 * c.hidden_size + (2 * q + 2 * kv + 4 * c.intermediate_size) / tp)
+    return dict(states=18 * num_params(c) / tp, activations=c.num_hidden_layers * block * tokens,
+                logits=16 * c.vocab_size / tp * tokens)
 
 
 # --- generation ------------------------------------------------------------------------------------------------------
@@ -690,7 +692,7 @@ def table():
         c = Config(**shape)
         T = c.max_position_embeddings
         lines.append(f"{name:12} {num_params(c):14,} {kv_bytes_per_token(c):15,} {flops_per_token(c, T):18.3g} "
-                     f"{training_bytes(c, T) / 2**30:12.2f} GiB")
+                     f"{sum(training_bytes(c, T).values()) / 2**30:12.2f} GiB")
     return "\n".join([*lines, "KV cache in bf16; FLOPs 6N + 12LHDT at the preset's row length; memory: AdamW, one such row."])
 
 

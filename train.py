@@ -461,7 +461,8 @@ def start(cfg, rt, model, extra, locked, stage, replica, lora=None, **more):
 def headline(run):
     """What is trained, on what, where."""
     cfg, rt, T = run.cfg, run.rt, run.cfg.max_position_embeddings
-    memory = nano.training_bytes(run.model.config, T * (cfg.micro_batch or run.rows // rt.dp_size)) / rt.tp_size / 2**30
+    tokens = T * (cfg.micro_batch or run.rows // rt.dp_size)  # of one pass
+    memory = sum(nano.training_bytes(run.model.config, tokens, rt.tp_size).values()) / 2**30
     return (f"{nano.num_params(run.model.config):,} parameters, {cfg.steps:,} steps of {cfg.batch_tokens:,} tokens, about "
             f"{memory:.1f} GiB | {', '.join(f'{s.name} {len(s.train) / 1e6:.1f}M' for s in run.sources)} tokens | {rt.name}, "
             f"{str(rt.dtype)[6:]}" + f" | {rt.dp_size} data-parallel x {rt.tp_size} tensor-parallel" * (rt.world_size > 1))

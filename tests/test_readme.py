@@ -4,6 +4,8 @@ from pathlib import Path
 
 import pytest
 
+import infra
+
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
@@ -26,11 +28,12 @@ def test_quick_start_commands_run_in_an_empty_directory(tmp_path):
         assert run.stdout.strip(), command
 
 
-@pytest.mark.parametrize("name", ["train", "model", "data", "sft", "grpo"])
+@pytest.mark.parametrize("name", ["train", "model", "data", "sft", "grpo", "infra"])
 def test_every_flag_in_the_readme_exists(name):
     """`--flag` words on README lines that call a script are fields of that script's Config."""
     module = __import__(name)
     fields = {f for c in (getattr(module, "Options", None), module.Config) if c for f in c.__dataclass_fields__}
     for line in re.findall(rf"^(?:python|torchrun [^#]*?) {name}\.py.*$", README, re.M):
+        known = infra.plan_options().__dataclass_fields__ if " plan" in line else fields
         for flag in re.findall(r"--([a-z_]+)", line.partition(".py")[2].split("#")[0]):
-            assert flag in fields | {"config", "help"}, line
+            assert flag in {*known, "config", "help"}, line
