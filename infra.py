@@ -1147,12 +1147,12 @@ def plan_options():
         def __post_init__(self):
             super().__post_init__()
             for f in dataclasses.fields(Plan):
-                least = f.name in ("gpus", "batch_tokens", "mfu", "days", "network", "save_seconds", "failure_hours")
-                if f.type in (int, float) and (getattr(self, f.name) < 0 or least and not getattr(self, f.name)):
-                    raise ValueError(f"{f.name}={getattr(self, f.name)}: {'more than 0' if least else '0 or more'} expected")
-                value, most = getattr(self, f.name), 1e12 if f.type is int else 1e18
-                if f.type in (int, float) and value and not 1e-15 <= value <= most:
-                    raise ValueError(f"{f.name}={value:.3g}: 1e-15 to {most:.0e} expected")
+                value, needed = getattr(self, f.name), f.name in ("gpus", "batch_tokens", "mfu", "days", "network", "save_seconds",
+                                                                  "failure_hours")
+                most = 1 if f.name == "mfu" else 1e12 if f.type is int else 1e18
+                if f.type in (int, float) and (value or needed) and not 1e-15 <= value <= most:
+                    least = "more than 0" if needed else "0 or more"
+                    raise ValueError(f"{f.name}={value:.3g}: {least}, {most:g} at most expected")
             if self.tp and (self.gpus % self.tp or not divides(self.tp, self)):
                 raise ValueError(f"tp={self.tp}: a divisor of gpus={self.gpus}, num_key_value_heads={self.num_key_value_heads}, "
                                  f"intermediate_size={self.intermediate_size} and vocab_size={self.vocab_size} expected")
@@ -1200,6 +1200,10 @@ def plan(p):
     print(f"{p.preset}: {N:,} parameters, {each / 1e9:.4g} GFLOP per token (6N + 12LHDT, rows of {T:,}), "
           f"{each * tokens:.3g} FLOP for {tokens:.4g} tokens\n")
     if not p.gpu and not p.why:
+        usual = type(p)()
+        for knob in ("gpus", "batch_tokens", "tok_per_s", "tflops", "params", "tp", "micro_batch"):
+            if getattr(p, knob) != getattr(usual, knob):
+                raise SystemExit(f"--{knob}: without --gpu this machine is measured: --gpu=h100 or another expected")
         return dict(params=N, tokens=tokens) | plan_here(p, c, tokens)
     sheet = data_sheet(p.gpu or "h100")
     if sheet is None or not (sheet.bf16 or p.tflops):
