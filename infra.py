@@ -15,7 +15,7 @@
 Importing this file measures nothing and starts nothing.
 """
 import contextlib, ctypes, dataclasses, datetime, difflib, errno, inspect, itertools, json, math, mmap, os, platform, random, re
-import shutil, signal, statistics, subprocess, sys, threading, time, tomllib
+import shutil, signal, statistics, subprocess, sys, threading, time, tomllib, tracemalloc
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -800,17 +800,22 @@ def probe_collectives(cfg, rt, rows):
                 yield row(f"{name}, {label}", 1e6 * seconds, "µs", how)
                 continue
             speed = buffer / seconds / 1e9
-            one_machine = n == _env("LOCAL_WORLD_SIZE", n) and torch.version.hip is None  # theirs has a link to each other GPU
+            judged = large and sheet and n == _env("LOCAL_WORLD_SIZE", n) and name != "all_reduce"  # switches add: above the link
+            judged = judged and torch.version.hip is None  # whose GPUs have a link to every other one
             yield row(f"{name}, {label}", speed * BUS_FACTOR[name](n), "GB/s", f"bus bandwidth, {how}; {speed:.3g} by the buffer",
-                      sheet.peer if sheet and large and one_machine else None, "to a peer, data sheet", 0.7, 0.2,
+                      sheet.peer if judged else None, "to a peer, data sheet", 0.7, 0.2,
                       "slower than the link: NCCL_DEBUG=INFO, look for P2P; unset NCCL_P2P_DISABLE")
     for what in ("matmul", "memory"):
         mine = [r["value"] for r in rows if r["probe"] == what and (r.get("main") or r.get("dtype") in ("fp32", "bf16"))]
         values = [0.0] * n
         dist.all_gather_object(values, mine[-1] if mine else 0.0, group=rt.group)
-        for rank, value in enumerate(values if all(values) else ()):
+        measured = [value for value in values if value]
+        for rank, value in enumerate(values if measured else ()):
+            if not value:
+                yield note(f"rank {rank}: {what}", "measured nothing: its own output says why", "FAIL")
+                continue
             yield row(f"rank {rank}: {what}", value, "TFLOP/s" if what == "matmul" else "GB/s", "all ranks at once",
-                      statistics.median(values), "median of the ranks", 0.95, 0.9, "a straggler: all others wait for it")
+                      statistics.median(measured), "median of the ranks", 0.95, 0.9, "a straggler: all others wait for it")
 
 
 def file_system(folder):
@@ -825,12 +830,13 @@ def file_system(folder):
 
 
 def in_page_cache(path):
-    """Share of a file's pages that are in memory, by mincore; NaN: the kernel does not say."""
-    with open(path, "r+b") as f, mmap.mmap(f.fileno(), 0) as view:
+    """Share of a file's pages that are in memory, by mincore; NaN where nobody can tell: some network disks cannot be mapped."""
+    with contextlib.suppress(OSError), open(path, "r+b") as f, mmap.mmap(f.fileno(), 0) as view:
         pages, first = (ctypes.c_ubyte * -(-len(view) // mmap.PAGESIZE))(), ctypes.c_char.from_buffer(view)
         failed = ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(view)), pages)
         del first  # else the map could not be closed
-    return math.nan if failed else sum(p & 1 for p in pages) / len(pages)
+        return math.nan if failed else sum(p & 1 for p in pages) / len(pages)
+    return math.nan
 
 
 def evict(path):
@@ -866,10 +872,12 @@ def timed_reads(path, flags, size, block, threads, ordered, seconds=0.3):
             os.preadv(fd, [buffer], (at if ordered else luck.randrange(count)) * block)
             taken[t].append(time.perf_counter() - start)
             at += threads * ordered
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(read, range(threads)))
-    speed = sum(map(len, taken)) * block / (time.perf_counter() - begin)
-    os.close(fd)
+    try:
+        with ThreadPoolExecutor(threads) as pool:
+            list(pool.map(read, range(threads)))
+        speed = sum(map(len, taken)) * block / (time.perf_counter() - begin)
+    finally:
+        os.close(fd)
     return speed, sorted(itertools.chain(*taken))
 
 
@@ -895,10 +903,10 @@ def probe_storage(cfg, rt, rows):
         reads = {(block, threads): max(timed_reads(path, flags, written, block, threads, block == 2**20) for _ in range(3))
                  for block, counts in ((2**20, (1, 16)), (2**14, (1, 4, 16))) for threads in counts}
         cached = max(cached, in_page_cache(path) if flags else cached)
-    in_memory = kind in ("tmpfs", "ramfs")
-    doubt = f"{kind} lives in memory: not a disk's figure" if in_memory else "" if cached < 0.05 else (
-        "the page cache kept the file: not a disk's figure")
-    how = kind + (", O_DIRECT and an empty page cache (mincore)" if flags else ", evicted first, then buffered")
+    doubt = (f"{kind} lives in memory: not a disk's figure" if kind in ("tmpfs", "ramfs") else
+             "the page cache cannot be looked into: perhaps not the disk's figure" if math.isnan(cached) else
+             "the page cache kept the file: not the disk's figure" if cached > 0.05 else "")
+    how = kind + (", O_DIRECT" + " and an empty page cache (mincore)" * (cached < 0.05) if flags else ", evicted first, then buffered")
     how += ", a server's cache unseen" * bool(re.match("nfs|fuse|lustre|cifs|ceph|9p|virtiofs", kind))
     write, best = chunk / statistics.median(times), reads[2**14, 16][0]
     yield row("write", write / 1e9, "GB/s", f"{kind}, fsync every 64 MiB") | dict(advice=doubt)
@@ -935,7 +943,7 @@ def probe_loader(cfg, rt, rows):
     c = shape_of(cfg)
     T, n = c.max_position_embeddings, max(1, 2**16 // c.max_position_embeddings)
     with scratch_file(cfg.path, 2**28) as path:
-        np.random.default_rng(0).integers(0, 256, 2**25, dtype=np.uint16).tofile(path)
+        path.write_bytes(np.random.default_rng(0).integers(0, 256, 2**25, dtype=np.uint16).data)
         evict(path)
         cold = in_page_cache(path) < 0.05 and file_system(cfg.path) not in ("tmpfs", "ramfs")
 
@@ -952,21 +960,17 @@ def probe_loader(cfg, rt, rows):
         yield row("loader, warm file", n * T / warm, "tok/s", f"{n} rows of {T}, one thread")
         first = None
         for steps in (32_000, 3_200_000, 10**9):
-            before, start = resident_bytes(), time.perf_counter()
-            loader = loader_of(steps)
-            loader.batch(steps * n - n, n)
-            seconds, grown = time.perf_counter() - start, max(0, resident_bytes() - before) / 2**20
+            start = time.perf_counter()
+            loader_of(steps).batch(steps * n - n, n)
+            seconds = time.perf_counter() - start
+            tracemalloc.start()  # not the resident set: what malloc has kept of freed memory would hide what this takes
+            loader_of(steps).batch(steps * n - n, n)
+            grown = tracemalloc.get_traced_memory()[1] / 2**20
+            tracemalloc.stop()
             first = first or (seconds, grown)
             yield row(f"loader's start, {steps:,} steps", 1e3 * seconds, "ms", f"{grown:.1f} MiB of memory",
                       fine=grown < first[1] + 4 and seconds < 3 * first[0] + 0.05, bad="FAIL",
                       advice="it grows with the length of the run")
-
-
-def resident_bytes():
-    """Memory of this process now; 0 where Linux does not tell."""
-    with contextlib.suppress(OSError):
-        return int(Path("/proc/self/statm").read_text().split()[1]) * mmap.PAGESIZE
-    return 0
 
 
 def gpu_health(rt):
@@ -1075,7 +1079,9 @@ def probe(cfg, rt, stop):
             text = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]:.150}"
             if name in ("storage", "loader") and getattr(e, "strerror", None):
                 text = f"{cfg.path}: {e.strerror}: a writable directory expected as --path"
-            add(name, note(name, text + "; has a rank died? Its own output says why" * (rt.world_size > 1), "FAIL"))
+            elif rt.world_size > 1:
+                text += "; has a rank died? Its own output says why"
+            add(name, note(name, text, "FAIL"))
     return rows
 
 
@@ -1088,6 +1094,8 @@ def main(cfg):
         raise SystemExit(f"--preset={cfg.preset}: {', '.join(model.PRESETS)} expected")
     rt.group, date = None, time.strftime("%Y-%m-%d")
     print(f"{rt.name} | {rt.world_size} process{'es' * (rt.world_size > 1)} | torch {torch.__version__} | {date}")
+    if cfg.json and not os.access(Path(cfg.json).absolute().parent, os.W_OK):
+        raise SystemExit(f"--json={cfg.json}: a file in a writable directory expected")
     with Stop() as stop:  # when a rank dies torchrun ends the others: the table is still printed
         if rt.world_size > 1:  # connected before anything is measured: who waits for a dead rank is told so
             os.environ["TORCH_NCCL_BLOCKING_WAIT"] = "1"  # an error, not the end of the process
@@ -1113,7 +1121,7 @@ def measured_peak(path, name, dtype):
         if saved["machine"] != name:
             raise ValueError(f"measured on {saved['machine']}: {name} expected")
         return 1e12 * rates[kind]
-    except (OSError, ValueError, KeyError, TypeError) as e:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise SystemExit(f"--probe={path}: {type(e).__name__}: {e}: a file of `python infra.py --json=FILE` on this machine "
                          f"expected, with its matmul rows") from None
 
