@@ -598,15 +598,15 @@ def show_row(r):
     print(f"{r['what']:36} {number:>10} {r['unit']:8} {percent:>6}  {r['verdict']:4}  {text}", flush=True)
 
 
-def seconds_of(rt, call, samples=7, least=0.02):
-    """Seconds of one call(): the best of `samples`, each of as many calls as fill `least` seconds; two seconds at most."""
+def seconds_of(rt, call, least=0.02):
+    """Seconds of one call(): the best of a second's samples, three at least, each of as many calls as fill `least` seconds."""
     wait = getattr(torch, rt.device.type).synchronize if rt.device.type in ("cuda", "mps") else lambda: None
     now, times = time.perf_counter, []
     call(), wait()
     start = now()
     call(), wait()
-    calls, end = max(1, math.ceil(least / max(1e-9, now() - start))), now() + 2
-    while len(times) < samples and (len(times) < 3 or now() < end):
+    calls, end = max(1, math.ceil(least / max(1e-9, now() - start))), now() + 1
+    while len(times) < 3 or now() < end:
         start = now()
         for _ in range(calls):
             call()
@@ -689,7 +689,8 @@ def probe_memory(cfg, rt, rows):
     free = torch.cuda.mem_get_info(rt.device)[0] if cuda else free_memory() // _env("LOCAL_WORLD_SIZE", 1)
     large = min(2**30 if cuda else max(2**28, 4 * cache), free // 4)
     for what, size in (("memory", large), ("cache-sized", cache // 4), ("sub-megabyte", 2**18)):
-        a, b = (torch.ones(size // 4, device=rt.device) for _ in "ab")
+        both = torch.ones(size // 2 + 32, device=rt.device)  # 128 bytes between them: at equal low bits of their addresses
+        a, b = both[: size // 4], both[-(size // 4):]        # a CPU takes the store for a later load's, and waits
         main, speed = what == "memory", 2e-9 * size / seconds_of(rt, lambda: b.copy_(a))
         how = f"{size / 2**20:,.4g} MiB, read + written" + ", may be cache" * (main and size < 4 * cache)
         yield row(f"copy, {what}", speed, "GB/s", how, sheet.gbs if main and sheet else None, "data sheet", 0.8, 0.6,
