@@ -592,7 +592,8 @@ def note(what, text, verdict="n/a"):
 
 def show_row(r):
     number = "" if r["value"] is None else f"{r['value']:,.0f}" if r["value"] >= 100 else f"{r['value']:.3g}"
-    percent = "" if r["percent"] is None else f"{r['percent']:.0f} %"
+    share = r["percent"]
+    percent = "" if share is None else f"{share:.0f} %" if share < 1000 else f"x {share / 100:,.0f}"
     text = "; ".join(filter(None, (r["advice"], r["reference"] and f"of {r['reference']:,.4g}, {r['source']}",
                                    r["playbook"] and f"{r['playbook']} in the playbook", r["convention"])))
     print(f"{r['what']:36} {number:>10} {r['unit']:8} {percent:>6}  {r['verdict']:4}  {text}", flush=True)
