@@ -3,6 +3,7 @@
     python model.py                                   table of presets: parameters, KV cache, FLOPs, training memory
     python model.py out/base --prompt="def main("     stream text from a checkpoint
     python model.py small --bench [--compile]         decoding speed on random weights, one JSON line
+    python model.py out/base --export_hf=DIR          config.json and safetensors for transformers; from_hf(DIR) is the way back
 
 SmolLM3 (playbook, "Architecture choices") is Llama with four changes, each one line or two below:
   GQA    4 key/value heads serve 16 query heads: as good as full attention, a quarter of the KV cache
@@ -23,7 +24,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from infra import Machine, atomic, cli, launch, peak_memory, setup
+from infra import Machine, atomic, cli, launch, peak_memory, setup, write_json
 
 
 # --- shape -----------------------------------------------------------------------------------------------------------
@@ -665,12 +666,149 @@ def load_checkpoint(directory, device="cpu", tp=None):
     return model, state
 
 
+# --- Hugging Face directories ----------------------------------------------------------------------------------------
+# Names are theirs already: "model." in front, but for the head. What config.json says is honoured or refused, never ignored.
+
+HF_SHAPE = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")  # no defaults
+HF_DEFAULTS = {  # transformers': what a config.json leaves out
+    "llama": dict(rope_theta=10_000.0, tie_word_embeddings=False, max_position_embeddings=2048, no_rope_layer_interval=0),
+    "smollm3": dict(rope_theta=2_000_000.0, tie_word_embeddings=True, max_position_embeddings=32768, no_rope_layer_interval=4)}
+HF_ONLY = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, attention_dropout=0.0, use_sliding_window=False,
+               pretraining_tp=1, quantization_config=None)  # the only values that this network computes
+HF_IRRELEVANT = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "dtype", "torch_dtype",
+                 "transformers_version", "_name_or_path", "sliding_window", "max_window_layers", "rope_interleaved"}
+
+
+def hf_config(path):
+    """config.json of transformers' SmolLM3ForCausalLM or LlamaForCausalLM -> Config, or one line on what it has that we lack."""
+    def refuse(name, value, expected):
+        raise SystemExit(f"{path}: {name}={json.dumps(value)}: {expected} expected")
+    try:
+        c = json.loads(Path(path).read_text(encoding="utf-8"))
+        kind = c.pop("model_type")
+        c = HF_DEFAULTS[kind] | c
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise SystemExit(f"{path}: {type(e).__name__}: {e}: the config.json of a model_type {' or '.join(HF_DEFAULTS)} "
+                         f"expected") from None
+    rope = dict(c.pop("rope_parameters", None) or c.pop("rope_scaling", None) or {})  # the second is transformers 4's
+    c["rope_theta"] = rope.pop("rope_theta", c["rope_theta"])
+    if rope not in ({}, dict(rope_type="default"), dict(type="default")):
+        refuse("rope_parameters", rope, "rope_type default and nothing else")
+    layers, types = c.pop("no_rope_layers", None), set(c.pop("layer_types", None) or ["full_attention"])
+    c["no_rope_layer_interval"] = 0 if layers and all(layers) else c["no_rope_layer_interval"]  # 1: this layer has RoPE
+    fields = set(Config.__dataclass_fields__) - {"qk_norm", "sliding_window"}
+    for name, value in c.items():
+        if name in HF_ONLY and value != HF_ONLY[name]:
+            refuse(name, value, json.dumps(HF_ONLY[name]))
+        if name not in HF_ONLY and name not in HF_IRRELEVANT | fields:
+            refuse(name, value, "nothing of that name")
+    if missing := [name for name in HF_SHAPE if name not in c]:
+        raise SystemExit(f"{path}: {', '.join(missing)} expected")
+    if not c.get("num_key_value_heads"):
+        c["num_key_value_heads"] = c["num_attention_heads"]
+    if (c.get("head_dim") or 0) * c["num_attention_heads"] == c["hidden_size"] or c.get("head_dim") is None:
+        c["head_dim"] = 0  # it follows from the others
+    try:
+        config = Config(**{name: value for name, value in c.items() if name in fields})
+    except (ValueError, TypeError) as e:
+        raise SystemExit(f"{path}: {e}") from None
+    if layers and layers != [int(config.uses_rope(i)) for i in range(config.num_hidden_layers)]:
+        refuse("no_rope_layers", layers, "0 at every no_rope_layer_interval-th place, or nowhere,")
+    if types != {"full_attention"}:
+        refuse("layer_types", sorted(types), "full_attention")
+    return config
+
+
+def _safetensors():
+    try:
+        import safetensors.torch
+        return safetensors
+    except ImportError:
+        raise SystemExit("Hugging Face directories: the package safetensors is not installed: pip install safetensors") from None
+
+
+def from_hf(directory, device="cpu", dtype=torch.float32, tp=None):
+    """A directory with config.json and .safetensors -> model (or this rank's part of it over tp), its weights in `dtype`.
+
+    At most one tensor is in memory besides the model. Every weight must be there, once, in the shape that the config implies.
+    """
+    safetensors, directory = _safetensors(), Path(directory)
+    config, default = hf_config(directory / "config.json"), torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # so that nothing is made in float32 first
+    try:
+        with torch.device(device):
+            model = Transformer(config, tp, init=False)
+    finally:
+        torch.set_default_dtype(default)
+    wanted = {n if n.startswith("lm_head") else f"model.{n}": p for n, p in model.named_parameters()}
+    files = sorted(directory.glob("*.safetensors"))
+    if not files:
+        raise SystemExit(f"{directory}: no .safetensors here: the weights of a model expected")
+    for file in files:
+        try:
+            with safetensors.safe_open(file, "pt") as f:  # the library checks the header against the file's size
+                names = list(f.keys())
+            for name in names:
+                if name == "lm_head.weight" and config.tie_word_embeddings or name.endswith("rotary_emb.inv_freq"):
+                    continue  # the embedding again, and what follows from rope_theta
+                p = wanted.pop(name, None)
+                full = p is not None and [n * (tp.size() if tp and i == p.tp_dim else 1) for i, n in enumerate(p.shape)]
+                with safetensors.safe_open(file, "pt") as f, torch.no_grad():  # closed each time: the map gives its pages back
+                    shape = f.get_slice(name).get_shape()
+                    if shape != full:
+                        raise SystemExit(f"{file}: {name} {shape}: " + (f"{full} expected" if full else "no such weight, or twice"))
+                    p.copy_(shard(f.get_tensor(name), p.tp_dim, tp))
+        except (safetensors.SafetensorError, OSError) as e:
+            raise SystemExit(f"{file}: {e}: a whole safetensors file expected") from None
+    if wanted:
+        raise SystemExit(f"{directory}: {len(wanted)} weights are missing, {next(iter(wanted))} among them")
+    return model
+
+
+def to_hf(model, directory, dtype=torch.bfloat16, shard_bytes=5_000_000_000):
+    """The way back: config.json and .safetensors that transformers' AutoModelForCausalLM loads without code of ours, in files of
+    up to shard_bytes. SmolLM3ForCausalLM, or LlamaForCausalLM where all layers have RoPE. Without tensor parallelism."""
+    safetensors, directory, c = _safetensors(), Path(directory), model.config
+    if c.qk_norm or c.sliding_window or model.tp is not None:
+        raise SystemExit(f"qk_norm={c.qk_norm}, sliding_window={c.sliding_window}, tp={model.tp is not None}: "
+                         f"none of them expected: transformers' SmolLM3 and Llama have no such thing")
+    kind, theirs = ("smollm3", "SmolLM3ForCausalLM") if c.no_rope_layer_interval else ("llama", "LlamaForCausalLM")
+    config = {k: v for k, v in dataclasses.asdict(c).items() if k not in ("qk_norm", "sliding_window", "no_rope_layer_interval")}
+    config |= dict(architectures=[theirs], model_type=kind, head_dim=c.head_size, dtype=str(dtype)[6:], torch_dtype=str(dtype)[6:],
+                   rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta), bos_token_id=None, pad_token_id=None,
+                   eos_token_id=None, **{k: HF_ONLY[k] for k in ("hidden_act", "attention_bias", "mlp_bias", "attention_dropout")})
+    if kind == "smollm3":
+        layers = range(c.num_hidden_layers)
+        config |= dict(no_rope_layer_interval=c.no_rope_layer_interval, no_rope_layers=[int(c.uses_rope(i)) for i in layers],
+                       use_sliding_window=False, layer_types=["full_attention" for _ in layers])
+    files, size = [{}], 0
+    for n, p in model.named_parameters():
+        size += p.numel() * dtype.itemsize
+        if size > shard_bytes and files[-1]:
+            files, size = files + [{}], p.numel() * dtype.itemsize
+        files[-1][n if n.startswith("lm_head") else f"model.{n}"] = p.detach()
+    directory.mkdir(parents=True, exist_ok=True)
+    if any(directory.iterdir()):
+        raise SystemExit(f"{directory}: an empty directory expected: nothing is written over")
+    n = len(files)
+    names = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)] if n > 1 else ["model.safetensors"]
+    for name, weights in zip(names, files):
+        weights = {k: w.to("cpu", dtype).contiguous() for k, w in weights.items()}
+        safetensors.torch.save_file(weights, directory / name, {"format": "pt"})
+    if n > 1:
+        total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+        write_json(directory / "model.safetensors.index.json", dict(metadata=dict(total_size=total), weight_map={
+            k: name for name, weights in zip(names, files) for k in weights}))
+    write_json(directory / "config.json", config)  # last: without it nobody takes the directory for a model
+
+
 # --- command line ----------------------------------------------------------------------------------------------------
 
 @dataclass
 class Options(Config, Machine):
     init: str = ""               # run directory, e.g. out/base
     prompt: str = ""             # text to continue
+    export_hf: str = ""          # write the checkpoint in init to this empty directory, for transformers
     max_new_tokens: int = 256    # length of the continuation
     temperature: float = 0.8     # 0: greedy
     top_k: int = 0               # sample among the k likeliest; 0: all
@@ -726,6 +864,11 @@ def main(cfg):
     if not cfg.init:
         print(table())
         return {}
+    if cfg.export_hf:
+        model, _ = load_checkpoint(cfg.init)
+        to_hf(model, cfg.export_hf)
+        print(f"wrote {cfg.export_hf}: AutoModelForCausalLM.from_pretrained loads it (weights and shape; no tokenizer yet)")
+        return {"export_hf": cfg.export_hf}
     from data import get_tokenizer  # the one look to the right: text needs a tokenizer, and only this command needs text
     rt = setup(cfg)
     model, extra = load_checkpoint(cfg.init, rt.device, rt.tp_group)
