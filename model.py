@@ -674,9 +674,10 @@ HF_DEFAULTS = {  # transformers': what a config.json leaves out
     "llama": dict(rope_theta=10_000.0, tie_word_embeddings=False, max_position_embeddings=2048, no_rope_layer_interval=0),
     "smollm3": dict(rope_theta=2_000_000.0, tie_word_embeddings=True, max_position_embeddings=32768, no_rope_layer_interval=4)}
 HF_ONLY = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, attention_dropout=0.0, use_sliding_window=False,
-               pretraining_tp=1, quantization_config=None)  # the only values that this network computes
+               rope_interleaved=False, quantization_config=None)  # the only values that this network computes
 HF_IRRELEVANT = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "dtype", "torch_dtype",
-                 "transformers_version", "_name_or_path", "sliding_window", "max_window_layers", "rope_interleaved"}
+                 "transformers_version", "_name_or_path", "sliding_window", "max_window_layers", "pretraining_tp",
+                 "is_llama_config", "transformers.js_config"}  # of no consequence for logits, given the values above
 
 
 def hf_config(path):
@@ -690,9 +691,9 @@ def hf_config(path):
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise SystemExit(f"{path}: {type(e).__name__}: {e}: the config.json of a model_type {' or '.join(HF_DEFAULTS)} "
                          f"expected") from None
-    rope = dict(c.pop("rope_parameters", None) or c.pop("rope_scaling", None) or {})  # the second is transformers 4's
+    rope = (c.pop("rope_scaling", None) or {}) | (c.pop("rope_parameters", None) or {})  # the first is transformers 4's
     c["rope_theta"] = rope.pop("rope_theta", c["rope_theta"])
-    if rope not in ({}, dict(rope_type="default"), dict(type="default")):
+    if any(name not in ("rope_type", "type") or value != "default" for name, value in rope.items()):
         refuse("rope_parameters", rope, "rope_type default and nothing else")
     layers, types = c.pop("no_rope_layers", None), set(c.pop("layer_types", None) or ["full_attention"])
     c["no_rope_layer_interval"] = 0 if layers and all(layers) else c["no_rope_layer_interval"]  # 1: this layer has RoPE

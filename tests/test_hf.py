@@ -77,7 +77,8 @@ def test_weights_are_read_in_the_wanted_dtype_and_written_in_bf16_by_default(tmp
 
 def test_a_directory_of_transformers_4_is_read_too(tmp_path):
     hf, ids = theirs(tmp_path, llama=True, rope_parameters=dict(rope_type="default", rope_theta=777.0)), torch.randint(0, 64, (1, 9))
-    edit(tmp_path, rope_parameters=None, rope_theta=777.0, rope_scaling=None, torch_dtype="float32", head_dim=None)
+    edit(tmp_path, rope_parameters=..., rope_theta=777.0, rope_scaling=None, torch_dtype="float32", head_dim=None, pretraining_tp=2,
+         is_llama_config=True, rope_interleaved=False, **{"transformers.js_config": dict(kv_cache_dtype={})})      # SmolLM's
     with torch.no_grad():
         assert (hf(ids).logits - nano.from_hf(tmp_path)(ids)).abs().max() < 1e-4
 
@@ -92,6 +93,7 @@ def edit(folder, **change):
 @pytest.mark.parametrize("change, message", [
     (dict(hidden_act="gelu"), 'hidden_act="gelu": "silu" expected'), (dict(attention_bias=True), "attention_bias=true: false"),
     (dict(mlp_bias=True), "mlp_bias=true"), (dict(use_sliding_window=True), "use_sliding_window=true"),
+    (dict(rope_interleaved=True), "rope_interleaved=true"), (dict(rope_scaling=dict(type="dynamic")), "dynamic"),
     (dict(attention_dropout=0.1), "attention_dropout=0.1"), (dict(quantization_config=dict(bits=4)), "quantization_config"),
     (dict(rope_parameters=dict(rope_type="llama3", rope_theta=1.0, factor=8.0)), 'rope_parameters=.*"llama3".*factor'),
     (dict(rope_parameters=dict(rope_type="default", partial_rotary_factor=0.5)), "partial_rotary_factor"),
