@@ -912,7 +912,7 @@ def probe_storage(cfg, rt, rows):
     how = kind + (", O_DIRECT" + " and an empty page cache (mincore)" * (cached < 0.05) if flags else ", evicted first, then buffered")
     how += ", a server's cache unseen" * bool(re.match("nfs|fuse|lustre|cifs|ceph|9p|virtiofs", kind))
     write, best = chunk / statistics.median(times), reads[2**14, 16][0]
-    yield row("write", write / 1e9, "GB/s", f"{kind}, fsync every 64 MiB") | dict(advice=doubt)
+    yield row("write", write / 1e9, "GB/s", f"{kind}, fsync every 64 MiB, median") | dict(advice=doubt)
     for (block, threads), (speed, taken) in reads.items():
         p50, p99 = (1e6 * taken[int(q * (len(taken) - 1))] for q in (0.5, 0.99))
         what = f"{'sequential, 1 MiB' if block == 2**20 else 'random, 16 KiB'}, {threads} thread{'s' * (threads > 1)}"

@@ -528,7 +528,7 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
     ids = torch.tensor([[0] * (longest - len(p)) + list(p) for p in numbers], device=device)  # (P, longest)
     model = inference_copy(model)
 
-    # a cache in float32 costs CPUs nothing, measured, but where a compiled policy samples 64 rows: there half the bytes pay
+    # on a CPU a frozen step is a sixth faster with a float32 cache (32 rows), a compiled policy with half the bytes (64 rows)
     wide = device.type == "cpu" and compile is not True
     capacity, dtype = longest + max_new_tokens, torch.float32 if wide else model.compute_dtype
     shape = (len(numbers), c.num_key_value_heads // (model.tp.size() if model.tp else 1), longest, c.head_size)
