@@ -351,6 +351,7 @@ def mark(rt):
 
 
 def elapsed(a, b):
+    """Seconds from one mark to another."""
     return b - a if isinstance(a, float) else a.elapsed_time(b) / 1000
 
 
@@ -591,6 +592,7 @@ def note(what, text, verdict="n/a"):
 
 
 def show_row(r):
+    """Print a row: figure, verdict, and then advice, reference, source and convention, as far as there are any."""
     number = "" if r["value"] is None else f"{r['value']:,.0f}" if r["value"] >= 100 else f"{r['value']:.3g}"
     share = r["percent"]
     percent = "" if share is None else f"{share:.0f} %" if share < 1000 else f"x {share / 100:,.0f}"
