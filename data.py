@@ -6,6 +6,7 @@ $ python data.py --text=notes/,wiki=dumps/*.txt   # your own text: every file a 
 $ python data.py --jsonl=corpus.jsonl             # rows such as {"text": "..."}
 $ python data.py --hf=HuggingFaceFW/fineweb-edu:sample-10BT --tokenizer=gpt2     # the two flags that download
 $ python data.py --mixture="0.7:text=0.8,code=0.2;1.0:text=0.5,code=0.5" --verify
+$ python data.py --fertility --tokenizer=bytes,gpt2   # compare tokenizers: tokens per word
 $ python data.py --show=chats.jsonl --style=smollm3   # chats or pairs as a model sees them, what is trained marked
 
 What it teaches:
@@ -18,8 +19,8 @@ What it teaches:
 - A chat's ids and the mask of what is trained are built together, part by part. Found by searching the ids for headers, the
   mask is wrong as soon as a user writes one. Chats are packed whole, none of them is cut in two.
 """
-import ast, bisect, glob, hashlib, itertools, json, math, os, random, re, sys, sysconfig, time, warnings, zlib
-from collections import deque
+import ast, base64, bisect, glob, hashlib, itertools, json, math, os, random, re, sys, sysconfig, time, unicodedata, warnings, zlib
+from collections import Counter, deque
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -45,13 +46,14 @@ class Config:
     jsonl: str = ""               # own JSON lines with a key "text", likewise
     hf: str = ""                  # Hugging Face datasets, NAME or NAME:CONFIG, streamed (needs the package datasets)
     hf_docs: int = 10_000         # documents to take from each of them
-    tokenizer: str = "bytes"      # bytes, or a tiktoken encoding such as gpt2
+    tokenizer: str = "bytes"      # bytes, a file or folder of byte-level BPE, or a tiktoken encoding such as gpt2
     mixture: str = ""             # smollm3, "text=0.8,code=0.2", or stages "0.7:text=1;1.0:code=1"; default: by size
     val_fraction: float = 0.05    # share of the documents held out for validation
     out: str = "out/data"         # folder of the token files
     seq_len: int = 256            # tokens per row
     plan_tokens: int = 2_867_200  # length of the run whose epochs the table counts
     seed: int = 0                 # order of the rows; corpora and split do not depend on it
+    fertility: bool = False       # print tokens per word of each --tokenizer=A,B,... on the corpora, no more
     verify: bool = False          # compare every token file with its checksum
     show: str = ""                # print samples of this JSONL of chats, pairs or problems ("sums": the embedded ones), no more
     style: str = "compact"        # the chat template to show: compact, smollm3 or chatml
@@ -59,15 +61,22 @@ class Config:
 
 # --- tokenizers ------------------------------------------------------------------------------------------------------
 
-class Tokenizer:
-    """special: name -> id; eos: id; vocab_size: padded to a multiple of 64; encode_array: str | bytes -> (n,) ints."""
+ALIASES = {"<|endoftext|>": ("<|end_of_text|>", "</s>", "<eos>"), "<|pad|>": ("<|finetune_right_pad_id|>", "<pad>")}
 
-    def __init__(self, name, encode_array, pieces, special, size):
-        missing = [s for s in SPECIALS if s not in special]     # these take the free ids after the encoding's own
-        self.name, self.encode_array = name, encode_array
-        self.special = {**special, **{s: size + i for i, s in enumerate(missing)}}
-        self.pieces = {**pieces, **{i: s.encode() for s, i in self.special.items()}}        # id -> bytes
-        self.eos, self.vocab_size = self.special[SPECIALS[0]], -(-(size + len(missing)) // 64) * 64
+
+class Tokenizer:
+    """special: name -> id; eos: id; bos: id or None; size: all ids are below it; vocab_size: that, padded to a multiple of 64;
+    encode_array: str | bytes -> (n,) ints; state: what a checkpoint keeps of it, to be given to get_tokenizer."""
+
+    def __init__(self, name, encode_array, pieces, special, size, bos=None):
+        self.name, self.state, self.encode_array, self.size, self.bos = name, name, encode_array, size, bos
+        self.special, spare = dict(special), [s for s in special if "reserved" in s]
+        for s in (s for s in SPECIALS if s not in special):     # it has another name, or takes a reserved id, or a new one
+            known = [special[a] for a in ALIASES.get(s, ()) if a in special]
+            self.special[s] = known[0] if known else self.special.pop(spare.pop(0)) if spare else self.size
+            self.size = max(self.size, self.special[s] + 1)
+        self.pieces = pieces | {i: s.encode() for s, i in reversed(self.special.items())}       # id -> bytes
+        self.eos, self.vocab_size = self.special[SPECIALS[0]], -(-self.size // 64) * 64
 
     def encode(self, text):
         """str | bytes -> list of ids. Text never becomes a special token, whatever it looks like."""
@@ -81,29 +90,249 @@ class Tokenizer:
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
 
+    def to_hf(self, directory, style="", length=0):
+        """tokenizer.json, tokenizer_config.json and, unless style is empty, chat_template.jinja, for transformers' AutoTokenizer."""
+        name = {i: s for s, i in reversed(self.special.items())}
+        config = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False, model_max_length=length or int(1e30),
+                      bos_token=name.get(self.bos), eos_token="<|im_end|>" if style else name[self.eos], pad_token=name[self.special["<|pad|>"]])
+        (Path(directory) / "tokenizer.json").write_text(tokenizer_json(self), encoding="utf-8")
+        infra.write_json(Path(directory) / "tokenizer_config.json", config)
+        if style:
+            (Path(directory) / "chat_template.jinja").write_text(JINJA[style], encoding="utf-8")
+
+
 def as_bytes(text):
     return text if isinstance(text, bytes) else text.encode("utf-8", errors="replace")      # lone surrogates become ?
 
 
-def wrap_tiktoken(encoding, name):
-    """tiktoken.Encoding -> Tokenizer. It replaces invalid UTF-8; only "bytes" round-trips everything."""
-    pieces = {encoding.encode_single_token(piece): piece for piece in encoding.token_byte_values()}
-    special = {s: encoding.encode_single_token(s) for s in sorted(encoding.special_tokens_set)}
-    encode = lambda t: np.array(encoding.encode_ordinary(as_bytes(t).decode("utf-8", errors="replace")), np.int64)
-    return Tokenizer(name, encode, pieces, special, encoding.n_vocab)
-
-
 def get_tokenizer(name):
-    """"bytes" (ids 0-255, then the specials, vocabulary 320) or the name of a tiktoken encoding -> Tokenizer."""
+    """-> Tokenizer. name: "bytes" (ids 0-255, then the specials, vocabulary 320); a path to byte-level BPE: a tokenizer.json
+    of Hugging Face, a rank file as Llama 3's tokenizer.model, a folder that holds one; a tiktoken encoding; a `state`."""
+    if isinstance(name, Tokenizer):
+        return name
+    if isinstance(name, dict):
+        return bpe_tokenizer(**name)
     if name == "bytes":
         pieces = {i: bytes([i]) for i in range(256)}
         return Tokenizer(name, lambda text: np.frombuffer(as_bytes(text), np.uint8), pieces, {}, 256)
+    if Path(name).exists():
+        return read_tokenizer(Path(name))
     try:
         import tiktoken
         return wrap_tiktoken(tiktoken.get_encoding(name), name)
     except Exception as error:      # not installed, unknown, no network: tiktoken and its transport raise many types
-        raise ValueError(f"--tokenizer={name}: {one_line(error)}: expected bytes, or a tiktoken encoding such as gpt2 "
-                         "(pip install tiktoken; it is downloaded the first time)") from None
+        raise ValueError(f"--tokenizer={name}: {one_line(error)}: expected bytes, a file or folder, or a tiktoken encoding such "
+                         "as gpt2 (pip install tiktoken; it is downloaded the first time)") from None
+
+
+# Byte-level BPE in tiktoken's form: a regex cuts text into pieces; in each, the two neighbours whose bytes together make the
+# token of the lowest rank merge, again and again. Hugging Face's files list the pairs that may merge instead. Both are the same
+# if every token's own bytes, merged by what comes before it, end as a listed pair of it; a file where that fails is refused.
+
+GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)"
+          r"|\s+")
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]       # GPT-2 writes other bytes as characters from 256 on
+CHARS = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
+BYTES = {c: b for b, c in CHARS.items()}
+
+
+def bpe_tokenizer(splits, ranks, special, added={}, dead="", nfc=False, bos=None, name=""):
+    """-> Tokenizer. splits: regexes, each cutting up the pieces of the one before; ranks: lines of a token in base64 and its id,
+    in the order of merging; special: name -> id; added: the same for tokens that text may hold by name; dead: lines of tokens
+    that no text leads to; nfc: text is normalized first; name: by default a hash of all this."""
+    import regex, tiktoken
+    live, rest = ([(base64.b64decode(t), int(i)) for t, i in map(str.split, x.splitlines())] for x in (ranks, dead))
+    ids, pieces = np.array([i for _, i in live]), {i: token for token, i in live + rest} | {i: s.encode() for s, i in added.items()}
+    bpe = tiktoken.Encoding(name, pat_str=splits[-1], mergeable_ranks={t: n for n, (t, _) in enumerate(live)}, special_tokens={})
+    cut = [regex.compile(pattern).findall for pattern in splits[:-1]]
+    by_name = re.compile("(" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")") if added else None
+
+    def encode_array(text):
+        text, found = as_bytes(text).decode("utf-8", errors="replace"), []
+        for i, part in enumerate(by_name.split(text) if added else [text]):
+            if i % 2:
+                found.append([added[part]])
+                continue
+            parts = [unicodedata.normalize("NFC", part) if nfc else part]
+            for findall in cut:
+                parts = [piece for part in parts for piece in findall(part)]
+            found += [ids[bpe.encode_to_numpy(part)] for part in parts]
+        return np.concatenate(found) if found else ids[:0]
+
+    size = max(*pieces, *special.values()) + 1
+    result = Tokenizer(name, encode_array, pieces, special, size, special.get(bos))
+    state = dict(splits=splits, ranks=ranks, special=dict(sorted(result.special.items())), added=added, dead=dead, nfc=nfc, bos=bos)
+    result.name = name or "bpe-" + hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]
+    result.state = state | dict(name=result.name)
+    return result
+
+
+def lines_of(tokens):
+    """[(bytes, id)] -> text, the inverse of what bpe_tokenizer reads."""
+    return "".join(f"{base64.b64encode(token).decode()} {i}\n" for token, i in tokens)
+
+
+def wrap_tiktoken(encoding, name):
+    """tiktoken.Encoding -> Tokenizer. It replaces invalid UTF-8; only "bytes" round-trips everything."""
+    ranks = sorted(encoding._mergeable_ranks.items(), key=lambda item: item[1])
+    special = {s: encoding.encode_single_token(s) for s in sorted(encoding.special_tokens_set)}
+    return bpe_tokenizer([encoding._pat_str], lines_of(ranks), special, name=name)
+
+
+def read_tokenizer(path):
+    """A tokenizer.json, a rank file, or the folder that holds one -> Tokenizer, named after its content."""
+    files = [f for f in (path / "tokenizer.json", path / "tokenizer.model") if f.is_file()] if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"--tokenizer={path}: expected a tokenizer.json or a tokenizer.model in it")
+    try:
+        raw, config = files[0].read_bytes(), files[0].with_name("tokenizer_config.json")
+        spec = json_spec(json.loads(raw)) if raw.lstrip()[:1] == b"{" else rank_spec(raw)
+        eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.exists() else None
+    except (OSError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        told = str(error) if ": expected" in str(error) else f"{type(error).__name__} {one_line(error)}: expected byte-level BPE"
+        raise ValueError(f"{files[0]}: {told}") from None
+    eos, special = eos.get("content") if isinstance(eos, dict) else eos, spec["special"]
+    if eos in special and eos != "<|im_end|>" and not {SPECIALS[0], *ALIASES[SPECIALS[0]]} & set(special):
+        special[SPECIALS[0]] = special.pop(eos)         # a name that we do not know: only the files say what ends a document
+    result, plain = bpe_tokenizer(**spec), get_tokenizer("bytes")
+    return plain if tokenizer_json(result) == tokenizer_json(plain) else result
+
+
+def rank_spec(raw):
+    """Llama 3's tokenizer.model: lines of a token in base64 and its rank, which is its id. The special tokens follow."""
+    try:
+        live = sorted(((base64.b64decode(t, validate=True), int(i)) for t, i in map(bytes.split, raw.splitlines())),
+                      key=lambda item: item[1])
+    except ValueError:
+        raise ValueError("no lines of base64 and rank (a SentencePiece model?): expected a rank file as Llama 3's") from None
+    if [i for _, i in live] != list(range(len(live))) or not {bytes([b]) for b in range(256)} <= {t for t, _ in live}:
+        raise ValueError("ranks with gaps or bytes without a token: expected ranks from 0 on, the 256 bytes among them")
+    reserved = [f"<|reserved_special_token_{i}|>" for i in range(251)]
+    names = ["<|begin_of_text|>", "<|end_of_text|>", *reserved[:4], "<|start_header_id|>", "<|end_header_id|>", reserved[4],
+             "<|eot_id|>", *reserved[5:]]
+    return dict(splits=[LLAMA3], ranks=lines_of(live), special={s: len(live) + i for i, s in enumerate(names)}, added={}, dead="",
+                nfc=False, bos=names[0])
+
+
+def need(condition, what, expected):
+    if not condition:
+        raise ValueError(f"{what}: expected {expected}")
+
+
+def json_spec(j):
+    """The content of a Hugging Face tokenizer.json -> arguments of bpe_tokenizer, or ValueError on what they cannot express."""
+    model, normalizer = j["model"], (j.get("normalizer") or {}).get("type")
+    need(model.get("type", "BPE") == "BPE", f"model {model.get('type')}", "BPE")
+    for name, value in dict(byte_fallback=False, dropout=None, continuing_subword_prefix=None, end_of_word_suffix=None).items():
+        need(not model.get(name), f"{name}={model.get(name)}", f"{value}, as byte-level BPE has it")
+    need(normalizer in (None, "NFC"), f"normalizer {normalizer}", "none or NFC")
+    special, added = {}, {}
+    for t in j.get("added_tokens") or ():
+        if t["special"] or t["content"] in SPECIALS:        # text never becomes one of these
+            special[t["content"]] = t["id"]
+        else:
+            need(t["content"] and not (t["lstrip"] or t["rstrip"] or t["single_word"]), f"added token {t['content']!r}",
+                 "lstrip, rstrip, single_word false")
+            added[t["content"]] = t["id"]
+    splits, vocab = pieces_of(j.get("pre_tokenizer")), model["vocab"]
+    need(set(CHARS.values()) <= set(vocab), "bytes without a token", "all 256 of them in the vocabulary")
+    live, left = ordered(vocab, model["merges"], model.get("ignore_merges", False))
+    taken = {*special, *added}
+    dead = [(bytes(map(BYTES.get, t)), i) for t, i in left if t not in taken and set(t) <= set(BYTES)]
+    need(not (dead and model.get("ignore_merges")), f"{len(dead)} tokens that no merge makes, and ignore_merges", "merges for all")
+    post = j.get("post_processor") or {}
+    starts = [p["single"][0] for p in post.get("processors", [post]) if p.get("type") == "TemplateProcessing"]
+    bos = next((x["SpecialToken"]["id"] for x in starts if "SpecialToken" in x), None)
+    return dict(splits=splits, ranks=lines_of(live), special=special, added=added, dead=lines_of(dead), nfc=bool(normalizer),
+                bos=bos)
+
+
+def pieces_of(pre):
+    """A tokenizer.json's pre_tokenizer -> the regexes `splits`. What a regex does not match is a piece too, if theirs keeps it."""
+    steps, splits = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre], []
+    need(steps and steps[-1]["type"] == "ByteLevel", "pre_tokenizer without ByteLevel at its end", "byte-level BPE")
+    for step in steps:
+        kind, pattern, keep = step["type"], None, True
+        if kind == "ByteLevel":
+            need(not step["add_prefix_space"], "add_prefix_space=true", "false")
+            pattern = GPT2 if step.get("use_regex", True) else None
+        elif kind == "Digits":
+            pattern = r"\p{N}" if step["individual_digits"] else r"\p{N}+"
+        elif kind == "Split":
+            how = step["behavior"], step["invert"]
+            need(how in (("Isolated", False), ("Removed", True)), f"Split {how[0]}, invert={how[1]}", "Isolated, or Removed inverted")
+            pattern, keep = step["pattern"].get("Regex") or re.escape(step["pattern"]["String"]), how[0] == "Isolated"
+        else:
+            need(False, f"pre_tokenizer {kind}", "ByteLevel, Digits, Split")
+        splits += [pattern if pattern == GPT2 or not keep else f"{pattern}|(?:(?!{pattern})[\\s\\S])+"] if pattern else []
+    return splits or [r"[\s\S]+"]
+
+
+def merged(token, ranks):
+    """A token's bytes, merged by all that comes before the token itself -> the parts that remain."""
+    parts, limit = [token[i:i + 1] for i in range(len(token))], ranks[token]
+    while len(parts) > 1:
+        rank, i = min((ranks.get(a + b, limit), i) for i, (a, b) in enumerate(zip(parts, parts[1:])))
+        if rank >= limit:
+            break
+        parts[i:i + 2] = [parts[i] + parts[i + 1]]
+    return tuple(parts)
+
+
+def halves(token, ranks):
+    """All pairs of tokens that make this one."""
+    return [(token[:i], token[i:]) for i in range(1, len(token)) if token[:i] in ranks and token[i:] in ranks]
+
+
+def ordered(vocab, merges, ignore_merges):
+    """-> [(bytes, id)] in the order of merging, and [(characters, id)] of the tokens that no merge makes."""
+    pairs, ranks, last = {}, {bytes([b]): b for b in range(256)}, -1
+    for n, merge in enumerate(merges):
+        pair = tuple(bytes(map(BYTES.__getitem__, x)) for x in (merge.split(" ") if isinstance(merge, str) else merge))
+        need(len(pair) == 2 and all(pair), f"merge {n}, {merge!r}", "two tokens")
+        ranks.setdefault(pair[0] + pair[1], 256 + n)
+        pairs.setdefault(pair[0] + pair[1], {})[pair] = n
+    for token, listed in pairs.items():
+        n = listed.get(merged(token, ranks))
+        if n is None and ignore_merges and set(halves(token, ranks)) == set(listed):        # made whole, or by any pair
+            n = min(listed.values())
+        need(n is not None and n > last, f"token {token!r}", "merges in order, and one that its bytes arrive at")
+        last = n
+    names = {token: "".join(CHARS[b] for b in token) for token in ranks}
+    made = set(names.values())
+    return [(token, vocab[name]) for token, name in names.items()], [(t, i) for t, i in vocab.items() if t not in made]
+
+
+def tokenizer_json(tokenizer):
+    """The content of a tokenizer.json with which Hugging Face's tokenizers gives the same ids."""
+    spec = tokenizer.state if tokenizer.name != "bytes" else dict(
+        splits=[r"[\s\S]+"], ranks=lines_of((bytes([b]), b) for b in range(256)), added={}, dead="", nfc=False, bos=None)
+    live, dead = ([(base64.b64decode(t), int(i)) for t, i in map(str.split, spec[x].splitlines())] for x in ("ranks", "dead"))
+    ranks, merges, whole = {t: n for n, (t, _) in enumerate(live)}, [], False
+    for token in (t for t, _ in live if len(t) > 1):
+        parts = merged(token, ranks)
+        whole = whole or len(parts) != 2
+        merges += [parts] if len(parts) == 2 else halves(token, ranks)
+    by_id = {i: s for s, i in reversed((spec["added"] | tokenizer.special).items())}
+    text = lambda token: "".join(CHARS[b] for b in token)
+    plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
+    special = lambda s: s not in spec["added"] and s not in SPECIALS[4:]        # those would vanish with skip_special_tokens
+    split = lambda p: dict(type="Split", pattern=dict(Regex=re.sub(r"(\{\d,\d\})\+", r"\1", p)), behavior="Removed", invert=True)
+    level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
+    start = [dict(SpecialToken=dict(id=spec["bos"], type_id=0))] if spec["bos"] else []
+    return json.dumps(dict(
+        version="1.0", truncation=None, padding=None,
+        added_tokens=[dict(id=i, content=s, special=special(s), **plain) for i, s in sorted(by_id.items())],
+        normalizer=dict(type="NFC") if spec["nfc"] else None,
+        pre_tokenizer=dict(type="Sequence", pretokenizers=[*map(split, spec["splits"]), level]),
+        post_processor=dict(type="TemplateProcessing", single=[*start, dict(Sequence=dict(id="A", type_id=0))],
+                            pair=[dict(Sequence=dict(id="A", type_id=0)), dict(Sequence=dict(id="B", type_id=1))],
+                            special_tokens={s: dict(id=s, ids=[tokenizer.special[s]], tokens=[s]) for s in [spec["bos"]] if s}),
+        decoder=level, model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
+                                  fuse_unk=False, byte_fallback=False, ignore_merges=whole,
+                                  vocab={text(t): i for t, i in live + dead}, merges=[[text(a), text(b)] for a, b in merges])),
+        ensure_ascii=False)
 
 
 def one_line(error):
@@ -364,9 +593,9 @@ def build(name, documents, tokenizer, val_fraction, out, prepared, tail=False):
     write_bin(out / f"{name}.val.bin", held, tokenizer, name, facts)
 
 
-def ngrams(text, n=13):
-    """Documents joined by EOS, as bytes: yields every n words in a row, never across documents."""
-    for document in text.split(SPECIALS[0].encode()):
+def ngrams(text, end, n=13):
+    """Documents joined by `end`, as bytes: yields every n words in a row, never across documents."""
+    for document in text.split(end):
         words = document.split()
         yield from (b" ".join(words[i:i + n]) for i in range(len(words) - n + 1))
 
@@ -374,9 +603,10 @@ def ngrams(text, n=13):
 def overlap(train, held, tokenizer):
     """Share of validation's distinct 13-word sequences that training holds too: text that documents share, which exact
     deduplication leaves. From the first 200,000 sequences and 2^24 tokens, to bound the time."""
-    wanted = set(itertools.islice(ngrams(SPECIALS[0].encode().join(held)), 200_000))
+    end = tokenizer.pieces[tokenizer.eos]
+    wanted = set(itertools.islice(ngrams(end.join(held), end), 200_000))
     chunks = (tokenizer.decode_bytes(train[i:min(i + 2**20, 2**24)]) for i in range(0, min(len(train), 2**24), 2**20))
-    return len({words for chunk in chunks for words in ngrams(chunk) if words in wanted}) / max(1, len(wanted))
+    return len({words for chunk in chunks for words in ngrams(chunk, end) if words in wanted}) / max(1, len(wanted))
 
 
 def is_current(path, prepared):
@@ -391,14 +621,14 @@ def prepare(text="", jsonl="", hf="", hf_docs=10_000, tokenizer="bytes", val_fra
     One process at a time: with several ranks let rank 0 go first. No seed: all runs see the same corpora and split."""
     if not 0 < val_fraction < 1:
         raise ValueError(f"--val_fraction={val_fraction}: expected a number between 0 and 1")
-    out, encoder, sources = Path(out), get_tokenizer(tokenizer), []
+    out, tokenizer, sources = Path(out), get_tokenizer(tokenizer), []
     for name, (documents, identity) in find_sources(text, jsonl, hf, hf_docs).items():
-        prepared = hashlib.sha256(json.dumps([FORMAT, tokenizer, val_fraction, identity]).encode()).hexdigest()
+        prepared = hashlib.sha256(json.dumps([FORMAT, tokenizer.name, val_fraction, identity]).encode()).hexdigest()
         paths = [out / f"{name}.{part}.bin" for part in ("train", "val")]
         if not all(is_current(path, prepared) for path in paths):
             print(f"preparing {name} in {out}", flush=True)
-            build(name, documents, encoder, val_fraction, out, prepared)
-        sources.append(Source(name, *(open_bin(p, tokenizer=tokenizer) for p in paths), *map(read_meta, paths)))
+            build(name, documents, tokenizer, val_fraction, out, prepared)
+        sources.append(Source(name, *(open_bin(p, tokenizer=tokenizer.name) for p in paths), *map(read_meta, paths)))
     return sources
 
 
@@ -704,6 +934,9 @@ def render(messages, mode="think", style="compact", tools=None, date=None, add_g
     return ids, mask
 
 
+JINJA = {}
+
+
 # --- rows of data sets: formats, told by their keys, to one internal form --------------------------------------------
 
 SPEAKERS = dict(human="user", user="user", gpt="assistant", bot="assistant", chatgpt="assistant", assistant="assistant",
@@ -999,6 +1232,26 @@ def show_row(loader, tokenizer):
     print(bar.join(tokenizer.decode(ids[doc_ids == d]) for d in range(doc_ids.max() + 1)))
 
 
+def show_fertility(cfg):
+    """--fertility: the playbook's two numbers for choosing a tokenizer, on words encoded alone: tokens per word, and the share
+    of words that continue in a second token. Words are runs of letters and digits, or of signs: where no spaces part them, as
+    in Chinese, only tokenizers compare, not languages. bytes/token is that of the running text. -> {tokenizer: {source: row}}."""
+    metrics, sources = {}, find_sources(cfg.text, cfg.jsonl, cfg.hf, cfg.hf_docs)
+    print(f"{'tokenizer':24}{'ids':>9}  {'source':12}{'words':>12}{'fertility':>11}{'continued':>11}{'bytes/token':>13}")
+    for name, (source, (documents, _)) in itertools.product(map(str.strip, cfg.tokenizer.split(",")), sources.items()):
+        tokenizer, words, size, tokens = get_tokenizer(name), Counter(), 0, 0
+        for document in map(as_bytes, documents()):
+            words.update(re.findall(r"\w+|[^\w\s]+", document.decode("utf-8", errors="replace")))
+            size, tokens = size + len(document), tokens + len(tokenizer.encode(document))
+        need(words, f"source {source} without words", "some text")
+        n, total = {w: len(tokenizer.encode(w)) for w in words}, words.total()
+        row = dict(words=total, fertility=sum(n[w] * k for w, k in words.items()) / total,
+                   continued=sum(k for w, k in words.items() if n[w] > 1) / total, bytes_per_token=size / tokens)
+        metrics.setdefault(name, {})[source] = row
+        print(f"{name[-24:]:24}{tokenizer.size:9,}  {source:12}" + "{:12,}{:11.3f}{:11.1%}{:13.2f}".format(*row.values()))
+    return metrics
+
+
 def show_chat(ids, mask, tokenizer):
     """Print a rendered chat, the trained part green on a terminal and in ‹ › elsewhere."""
     before, after, grey, plain = ("\x1b[32m", "\x1b[0m", "\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("‹", "›", "", "")
@@ -1032,14 +1285,14 @@ def show_chats(cfg, tokenizer, limit=5):
 
 def main(cfg):
     """Prepare and show. Returns {source: documents, tokens, val_tokens, overlap, epochs, ...}."""
-    if cfg.show:
+    if cfg.show or cfg.fertility:
         try:
-            return show_chats(cfg, get_tokenizer(cfg.tokenizer))
+            return show_fertility(cfg) if cfg.fertility else show_chats(cfg, get_tokenizer(cfg.tokenizer))
         except (ValueError, OSError) as error:
             raise SystemExit(f"data.py: {error}") from None
     try:
         tokenizer, plan_rows = get_tokenizer(cfg.tokenizer), cfg.plan_tokens // cfg.seq_len
-        sources = prepare(cfg.text, cfg.jsonl, cfg.hf, cfg.hf_docs, cfg.tokenizer, cfg.val_fraction, cfg.out)
+        sources = prepare(cfg.text, cfg.jsonl, cfg.hf, cfg.hf_docs, tokenizer, cfg.val_fraction, cfg.out)
         loader = Loader(sources, cfg.mixture, cfg.seq_len, plan_rows, cfg.seed)
         for x in [x for s in sources for x in (s.train, s.val) if cfg.verify]:
             open_bin(x.filename, verify=True)

@@ -24,7 +24,7 @@ from infra import Machine, Stop, all_sum, gather
 
 @dataclass
 class Config(Machine):
-    init: str = ""                 # checkpoint to start from; default: out/apo, else out/sft
+    init: str = ""                 # run or Hugging Face directory to start from; default: out/apo, else out/sft
     out: str = "out/grpo"          # run directory
     # problems and rewards
     problems: str = ""             # JSONL: prompt + answer, or GSM8K; default: sums of numbers
@@ -412,7 +412,8 @@ def open_model(cfg, rt, resuming):
             others[flag], its = nano.load_checkpoint(directory, rt.device, rt.tp_group)
             others[flag].path, others[flag].crc = its["path"], its["crc"]
             if its["tokenizer"] != extra["tokenizer"] or others[flag].config.vocab_size != model.config.vocab_size:
-                raise SystemExit(f"{flag}={directory}: the policy's tokenizer, {extra['tokenizer']}, expected")
+                name = data.get_tokenizer(extra["tokenizer"]).name
+                raise SystemExit(f"{flag}={directory}: the policy's tokenizer, {name}, expected")
     for flag, other in others.items():
         if other is not None:
             other.compute_dtype = rt.dtype

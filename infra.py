@@ -1157,6 +1157,7 @@ def plan_options():
         params: float = 0              # parameters to count with for that; the playbook rounds to 3e9
         tp: int = 0                    # 0: recommended
         micro_batch: int = 0           # rows per forward pass; 0: recommended
+        lora_rank: int = 0             # train adapters of that width (sft.py) on the frozen model; 0: all of it
         network: float = 50            # GB/s of one GPU to other machines
         save_seconds: float = 60       # to write a checkpoint
         failure_hours: float = 50_700  # GPU-hours per failure: Llama 3 had 419 in 54 days on 16,384 (arXiv 2407.21783)
@@ -1183,11 +1184,11 @@ def divides(tp, c):
     return not any(n % tp for n in (c.num_key_value_heads, c.intermediate_size, c.vocab_size))
 
 
-def gpu_memory(c, tp, micro_batch):
+def gpu_memory(c, tp, micro_batch, lora_rank=0):
     """model.training_bytes of one GPU, and besides "recomputed", activations if only the blocks' inputs were kept, and "total"."""
     from model import training_bytes
     tokens = micro_batch * c.max_position_embeddings
-    parts = training_bytes(c, tokens, tp)
+    parts = training_bytes(c, tokens, tp, lora_rank)
     total = 1.05 * (sum(parts.values()) + 1.5e9)  # context, communication buffers, 5 % lost to fragmentation
     inputs = 2 * c.hidden_size * c.num_hidden_layers * tokens
     return parts | dict(recomputed=inputs + parts["activations"] / c.num_hidden_layers, total=total)
@@ -1202,7 +1203,7 @@ def layout(p, c, memory):
             each = -(-rows // (p.gpus // tp))  # of one replica in a step
             divisors = {m for d in range(1, math.isqrt(each) + 1) if each % d == 0 for m in (d, each // d)}
             asked = [p.micro_batch] if p.micro_batch else sorted(divisors)
-            fits = [m for m in asked if gpu_memory(c, tp, m)["total"] <= memory]
+            fits = [m for m in asked if gpu_memory(c, tp, m, p.lora_rank)["total"] <= memory]
             if fits and (p.micro_batch or fits[-1] >= min(least, each)):
                 why = f"the smallest tp at which {fits[-1]} of a replica's {each} rows fit at once"
                 return tp, fits[-1], "as asked" if p.tp or p.micro_batch else why
@@ -1215,8 +1216,8 @@ def plan(p):
     import model
     c = model.Config(**{f.name: getattr(p, f.name) for f in dataclasses.fields(model.Config)})
     N, T, each = model.num_params(c), c.max_position_embeddings, model.flops_per_token(c, c.max_position_embeddings)
-    tokens = p.tokens or 20 * N
-    print(f"{p.preset}: {N:,} parameters, {each / 1e9:.4g} GFLOP per token (6N + 12LHDT, rows of {T:,}), "
+    tokens, each = p.tokens or 20 * N, each - 2 * N * (p.lora_rank > 0)  # frozen weights have no gradient
+    print(f"{p.preset}: {N:,} parameters, {each / 1e9:.4g} GFLOP per token ({4 if p.lora_rank else 6}N + 12LHDT, rows of {T:,}), "
           f"{each * tokens:.3g} FLOP for {tokens:.4g} tokens\n")
     if not p.gpu and not p.why:
         usual = type(p)()
@@ -1236,15 +1237,15 @@ def plan(p):
 
 def plan_time(p, N, each, tokens, speed, peak):
     """Days, cost, and GPUs for a deadline, by each way of counting."""
-    hours = tokens / speed / 3600
-    days, by_6n, by_all = hours / p.gpus / 24, 6 * N * speed / peak, each * speed / peak
+    hours, k = tokens / speed / 3600, 4 if p.lora_rank else 6  # FLOPs per parameter and token
+    days, by_6n, by_all = hours / p.gpus / 24, k * N * speed / peak, each * speed / peak
     long = f"{days:.1f} days" if days > 2 else f"{24 * days:.2g} hours"
-    print(f"time        {long} on {p.gpus:,} x {p.gpu} at {speed:,.0f} tok/s each; MFU {by_6n:.1%} (6N), {by_all:.1%} "
-          f"(6N + 12LHDT) of {peak / 1e12:g} TFLOP/s\n"
+    print(f"time        {long} on {p.gpus:,} x {p.gpu} at {speed:,.0f} tok/s each; MFU {by_6n:.1%} ({k}N), {by_all:.1%} "
+          f"({k}N + 12LHDT) of {peak / 1e12:g} TFLOP/s\n"
           f"cost        {hours:,.0f} GPU-hours, {hours * p.price:,.0f} at {p.price:g} an hour; SmolLM3's ablations and repairs "
           f"took 58 % more")
     ways = {f"{name} at {p.mfu:.0%} of {peak / 1e12:g} TFLOP/s": flops / (p.mfu * peak) for name, flops in (
-        ("6N of the rounded N", 6 * p.params), ("6N", 6 * N), ("6N + 12LHDT", each)) if flops}
+        (f"{k}N of the rounded N", k * p.params), (f"{k}N", k * N), (f"{k}N + 12LHDT", each)) if flops}
     ways, needed = {f"{speed:,.0f} tok/s": 1 / speed} if p.tok_per_s else ways, {}
     for name, seconds in ways.items():
         exact = math.ceil(seconds * tokens / (p.days * 86_400))
@@ -1255,13 +1256,13 @@ def plan_time(p, N, each, tokens, speed, peak):
 
 def plan_layout(p, c, speed, sheet):
     """Memory by layout, the one to take, what it sends over the links, and how often to save."""
-    from model import num_params
-    N, T = num_params(c), c.max_position_embeddings
+    from model import lora_params, num_params
+    N, T = lora_params(c, p.lora_rank) if p.lora_rank else num_params(c), c.max_position_embeddings  # N: what is trained
     tp, micro, reason = layout(p, c, 1e9 * sheet.gb)
     columns = dict(states=12, activations=13, recomputed=13, logits=9, total=9)
     print(f"\nGB, of {sheet.gb} on a {p.gpu}".ljust(29) + "".join(f"{name:>{width}}" for name, width in columns.items()))
     for t in sorted({1, 2, 4, tp or 1}):
-        m = gpu_memory(c, t, micro or p.micro_batch or 1)
+        m = gpu_memory(c, t, micro or p.micro_batch or 1, p.lora_rank)
         print(f"tp={t} micro_batch={micro or p.micro_batch or 1:<4}{'<--' if t == tp else '':8}" + "".join(
             f"{m[name] / 1e9:{width}.1f}" for name, width in columns.items()))
     if tp is None:
@@ -1284,7 +1285,7 @@ def plan_layout(p, c, speed, sheet):
           f"checkpoint  {12e-9 * N:.3g} GB every {every / 3600:.1f} h (Young; {(every - p.save_seconds) / 3600:.2f} by Daly) if "
           f"saving takes {p.save_seconds:g} s and a GPU fails every {hours:,.0f} h: {lost:.1%} of the time lost")
     return dict(tp=tp, dp=dp, micro_batch=micro, accumulation=rounds, step_tokens=batch, step_seconds=step,
-                memory=gpu_memory(c, tp, micro), tp_bytes=tp_bytes, dp_bytes=dp_bytes, checkpoint_bytes=12 * N,
+                memory=gpu_memory(c, tp, micro, p.lora_rank), tp_bytes=tp_bytes, dp_bytes=dp_bytes, checkpoint_bytes=12 * N,
                 checkpoint_seconds=every, lost=lost)
 
 

@@ -2,8 +2,10 @@
 
     python model.py                                   table of presets: parameters, KV cache, FLOPs, training memory
     python model.py out/base --prompt="def main("     stream text from a checkpoint
+    python model.py out/grpo --chat                   talk to it; echo "12+34=" | python model.py out/grpo --chat works too
+    python model.py out/base --prompt_file=FILE --num_samples=4 --json         a line per prompt in, a line per sample out
+    python model.py out/grpo --export_hf=DIR          everything that transformers needs; a directory like that serves as DIR everywhere
     python model.py small --bench [--compile]         decoding speed on random weights, one JSON line
-    python model.py out/base --export_hf=DIR          config.json and safetensors for transformers; from_hf(DIR) is the way back
 
 SmolLM3 (playbook, "Architecture choices") is Llama with four changes, each one line or two below:
   GQA    4 key/value heads serve 16 query heads: as good as full attention, a quarter of the KV cache
@@ -39,7 +41,9 @@ class Config:
     num_key_value_heads: int = 2           # key/value heads: = query heads is MHA, 1 is MQA, between is GQA
     head_dim: int = 0                      # 0: hidden_size / num_attention_heads
     max_position_embeddings: int = 256     # tokens in a training row
-    rope_theta: float = 10_000.0           # base of the rotary angles; SmolLM3: 5e4 for rows of 4k, 5e6 for 64k
+    rope_theta: float = 10_000.0           # base of the rotary angles; SmolLM3: 5e4 for rows of 4k, 2e6 for 32k, 5e6 for 64k
+    rope_factor: float = 1.0               # YaRN: so many times longer rows than it was trained on; SmolLM3: 2, for 128k
+    original_max_position_embeddings: int = 0  # YaRN: the row length that it was trained on; 0: row length / rope_factor
     no_rope_layer_interval: int = 4        # every n-th layer has no RoPE (NoPE); 0: RoPE everywhere
     sliding_window: int = 0                # RoPE layers see only that many tokens, NoPE layers all; 0: off
     rms_norm_eps: float = 1e-6             # inside the square root of RMSNorm
@@ -54,11 +58,11 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 expected")
         for name in ("vocab_size", "head_dim", "sliding_window", "no_rope_layer_interval", "rms_norm_eps",
-                     "initializer_range"):
+                     "initializer_range", "original_max_position_embeddings"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: 0 or more expected")
-        if self.rope_theta <= 0:
-            raise ValueError(f"rope_theta={self.rope_theta}: more than 0 expected")
+        if self.rope_theta <= 1 or self.rope_factor < 1:
+            raise ValueError(f"rope_theta={self.rope_theta}, rope_factor={self.rope_factor}: more than 1, and 1 or more expected")
         if H % KV:
             raise ValueError(f"num_key_value_heads={KV}: a divisor of num_attention_heads={H} expected")
         if not self.head_dim and self.hidden_size % H:
@@ -207,6 +211,17 @@ def rotate(x, cos, sin):
     """RoPE (arXiv 2104.09864) on x (B, T, heads, D). Half-rotation: dimension i pairs with i + D/2, as Hugging Face does;
     cos holds each angle twice, sin with a minus in the first half."""
     return x * cos + x.roll(x.shape[-1] // 2, dims=-1) * sin
+
+
+def yarn(inverse, c):
+    """YaRN (arXiv 2309.00071): angles per token (D/2,) -> theirs for rows c.rope_factor times as long, and what cos and sin are
+    multiplied by. Pairs that turn less than once in a row of training are slowed down to see nothing new; those that turn 32
+    times stay, for they tell neighbours apart; between the two a ramp. Longer rows spread attention: the factor sharpens it."""
+    half, n = len(inverse), c.original_max_position_embeddings or c.max_position_embeddings / c.rope_factor
+    pair = lambda turns: half * math.log(n / (2 * math.pi * turns)) / math.log(c.rope_theta)  # which one makes so many
+    low, high = max(math.floor(pair(32)), 0), min(math.ceil(pair(1)), 2 * half - 1)
+    slow = ((torch.arange(half, device=inverse.device) - low) / max(high - low, 0.001)).clamp(0, 1)
+    return inverse * (1 - slow + slow / c.rope_factor), 0.1 * math.log(c.rope_factor) + 1
 
 
 def attend(q, k, v, mask):
@@ -365,10 +380,12 @@ class Transformer(nn.Module):
 
     def rope(self, positions):
         """positions (T,) or (B, T) -> cos, sin (.., 1, D). Angles need float32: bf16 cannot tell 60,000 from 60,001."""
-        half = self.config.head_size // 2
-        inverse = self.config.rope_theta ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half)
+        c, half = self.config, self.config.head_size // 2
+        inverse, scale = c.rope_theta ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half), 1.0
+        if c.rope_factor > 1:
+            inverse, scale = yarn(inverse, c)
         angle = positions[..., None, None].float() * inverse
-        cos, sin = angle.cos(), angle.sin()
+        cos, sin = angle.cos() * scale, angle.sin() * scale
         return torch.cat((cos, cos), -1).to(self.compute_dtype), torch.cat((-sin, sin), -1).to(self.compute_dtype)
 
     def masks(self, x, doc_ids):
@@ -459,13 +476,21 @@ def kv_bytes_per_token(c, bytes_per_element=2):
     return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_size * bytes_per_element
 
 
-def training_bytes(c, tokens, tp=1):
+def lora_params(c, rank):
+    """Of adapters beside all matrices of the blocks, each rank · (inputs + outputs)."""
+    d, q, kv, ffn = c.hidden_size, c.num_attention_heads * c.head_size, c.num_key_value_heads * c.head_size, c.intermediate_size
+    return c.num_hidden_layers * rank * (2 * (d + q) + 2 * (d + kv) + 3 * (d + ffn))
+
+
+def training_bytes(c, tokens, tp=1, lora_rank=0):
     """Memory of one process for a step on `tokens` tokens, by part; an estimate, not a promise. states: weights, gradients, two
     Adam moments in fp32 and the weights in bf16, 18 B a parameter. activations: what the backward pass needs in bf16, nothing
-    recomputed (counted as Korthikanti et al., arXiv 2205.05198, do for GPT). logits: 16 B each, as measured."""
+    recomputed (counted as Korthikanti et al., arXiv 2205.05198, do for GPT). logits: 16 B each, as measured. lora_rank: adapters
+    alone have states; the model is frozen, in bf16."""
     q, kv = c.num_attention_heads * c.head_size, c.num_key_value_heads * c.head_size
     block = 2 * (4 * c.hidden_size + (2 * q + 2 * kv + 4 * c.intermediate_size) / tp)
-    return dict(states=18 * num_params(c) / tp, activations=c.num_hidden_layers * block * tokens,
+    states = 2 * num_params(c) + 18 * lora_params(c, lora_rank) if lora_rank else 18 * num_params(c)
+    return dict(states=states / tp, activations=c.num_hidden_layers * block * tokens,
                 logits=16 * c.vocab_size / tp * tokens)
 
 
@@ -628,10 +653,14 @@ def save_checkpoint(directory, model, step=0, consumed_samples=0, stage="base", 
 
 def read_checkpoint(directory, fold=True):
     """Newest readable checkpoint in a run directory (or one .pt file) -> the dict that save_checkpoint wrote, and its own
-    path and crc. fold: where it holds LoRA's adapters, `model` is that of their base, with B A times scale added."""
+    path and crc; of a Hugging Face directory the same. fold: adapters (LoRA) become part of the weights that they belong to."""
     files = [Path(directory)] if Path(directory).is_file() else checkpoints(directory)
+    if not files and any(Path(directory).glob("*.safetensors")):
+        state = hf_checkpoint(directory)
+        return state | dict(model=dict(from_hf(directory).named_parameters())) if fold else state
     if not files:
-        raise SystemExit(f"{directory}: no checkpoint (ckpt_*.pt) here: a directory written by train.py expected")
+        raise SystemExit(f"{directory}: no checkpoint (ckpt_*.pt) here: a directory written by train.py expected, or config.json "
+                         f"and .safetensors")
     for path in files:
         try:
             with zipfile.ZipFile(path) as z:  # torch does not look at the checksums that it writes
@@ -646,23 +675,41 @@ def read_checkpoint(directory, fold=True):
             print(f"WARNING: {path} is no readable checkpoint ({type(e).__name__}: {str(e)[:80]})", file=sys.stderr)
     else:
         raise SystemExit(f"{directory}: none of the {len(files)} checkpoints is readable")
-    lora = state.get("lora")
-    if lora and fold:
-        base, adapters = read_checkpoint(Path(path).parent / lora["base"]), state["model"]
-        if base["crc"] != lora["crc"]:
-            raise SystemExit(f"{base['path']}: not the file that the adapters in {path} were trained on")
-        state["model"] = {n: w + lora["scale"] * adapters[b] @ adapters[b[:-1] + "A"] if (b := n[:-6] + "lora_B") in adapters
-                          else w for n, w in base["model"].items()}
+    if state.get("lora") and fold:
+        state["model"] = load_checkpoint(directory)[0].state_dict()
     return state
 
 
-def load_checkpoint(directory, device="cpu", tp=None):
-    """Newest readable checkpoint -> (model, or this rank's part of it over tp, and everything else in the file)."""
-    state = read_checkpoint(directory)
-    config, weights = state.pop("model_config"), state.pop("model")
-    with torch.device(device):
-        model = Transformer(config, tp, init=False)
-    model.load_state_dict({n: shard(weights.pop(n), p.tp_dim, tp) for n, p in model.named_parameters()} | weights)
+def empty_model(config, device, dtype, tp):
+    """A model whose weights are still to come, made in `dtype`, so that nothing is ever float32 on the way."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return Transformer(config, tp, init=False)
+    finally:
+        torch.set_default_dtype(default)
+
+
+def load_checkpoint(directory, device="cpu", tp=None, dtype=torch.float32):
+    """Newest readable checkpoint -> (model, or this rank's part of it over tp, its weights in dtype; what else is in the file).
+    A Hugging Face directory is one too; so is what read_checkpoint has returned of either."""
+    state = dict(directory) if isinstance(directory, dict) else read_checkpoint(directory, fold=False)
+    config, weights, lora = state.pop("model_config"), state.pop("model"), state.get("lora")
+    if lora:
+        base = Path(state["path"]).parent / lora["base"]
+        model, extra = load_checkpoint(base, device, tp, dtype)
+        if extra["crc"] != lora["crc"]:
+            raise SystemExit(f"{extra['path']}: not the file that the adapters in {state['path']} were trained on")
+    elif weights is None:
+        model = from_hf(state["path"], device, dtype, tp, config.vocab_size)
+    else:
+        model = empty_model(config, device, dtype, tp)
+        model.load_state_dict({n: shard(weights.pop(n), p.tp_dim, tp) for n, p in model.named_parameters()} | weights)
+    for n, p in model.named_parameters() if lora else ():
+        if (b := f"{n[:-6]}lora_B") in weights:
+            added = shard(lora["scale"] * weights[b] @ weights[b[:-1] + "A"], p.tp_dim, tp)
+            p.data = (p.data.float() + added.to(p.device)).to(dtype)
     return model, state
 
 
@@ -691,10 +738,7 @@ def hf_config(path):
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise SystemExit(f"{path}: {type(e).__name__}: {e}: the config.json of a model_type {' or '.join(HF_DEFAULTS)} "
                          f"expected") from None
-    rope = (c.pop("rope_scaling", None) or {}) | (c.pop("rope_parameters", None) or {})  # the first is transformers 4's
-    c["rope_theta"] = rope.pop("rope_theta", c["rope_theta"])
-    if any(name not in ("rope_type", "type") or value != "default" for name, value in rope.items()):
-        refuse("rope_parameters", rope, "rope_type default and nothing else")
+    c |= hf_rope(c, refuse)
     layers, types = c.pop("no_rope_layers", None), set(c.pop("layer_types", None) or ["full_attention"])
     c["no_rope_layer_interval"] = 0 if layers and all(layers) else c["no_rope_layer_interval"]  # 1: this layer has RoPE
     fields = set(Config.__dataclass_fields__) - {"qk_norm", "sliding_window"}
@@ -720,6 +764,21 @@ def hf_config(path):
     return config
 
 
+def hf_rope(c, refuse):
+    """Take the rotary embedding out of a config.json's fields -> Config's fields on it. rope_scaling is transformers 4's name."""
+    given = {k: v for k in ("rope_scaling", "rope_parameters") for k, v in (c.pop(k, None) or {}).items() if v is not None}
+    rest, trained = dict(given), c.pop("original_max_position_embeddings", None)
+    result = dict(rope_theta=rest.pop("rope_theta", c["rope_theta"]), rope_factor=1.0)
+    kinds = {rest.pop("rope_type", "default"), rest.pop("type", "default")} - {"default"}
+    if kinds == {"yarn"}:
+        trained = trained or rest.pop("original_max_position_embeddings", c["max_position_embeddings"])
+        result |= dict(rope_factor=rest.pop("factor", 0), original_max_position_embeddings=trained)
+        rest = {k: v for k, v in rest.items() if (k, v) not in (("beta_fast", 32), ("beta_slow", 1), ("truncate", True))}
+    if rest or kinds - {"yarn"} or "rope_factor" in c:
+        refuse("rope_parameters", given, "rope_type default, or yarn with its factor and length and defaults besides,")
+    return result
+
+
 def _safetensors():
     try:
         import safetensors.torch
@@ -728,19 +787,38 @@ def _safetensors():
         raise SystemExit("Hugging Face directories: the package safetensors is not installed: pip install safetensors") from None
 
 
-def from_hf(directory, device="cpu", dtype=torch.float32, tp=None):
+def hf_checkpoint(directory):
+    """What read_checkpoint returns, of a Hugging Face directory; `model` is None, for only from_hf reads what it needs."""
+    from data import JINJA, get_tokenizer  # a look to the right: only the tokenizer tells how many rows the embedding needs
+    directory, crc = Path(directory), 0
+    config = hf_config(directory / "config.json")
+    try:
+        tokenizer = get_tokenizer(directory)
+    except ValueError as e:
+        raise SystemExit(str(e)) from None
+    for file in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
+        with open(file, "rb") as f:
+            while chunk := f.read(2**24):
+                crc = zlib.crc32(chunk, crc)
+    if tokenizer.size > config.vocab_size:
+        config.vocab_size = tokenizer.vocab_size
+    template = directory / "chat_template.jinja"
+    text = template.read_text(encoding="utf-8") if template.exists() else ""
+    marks = [*((theirs, style) for style, theirs in JINJA.items()), ("Reasoning Mode", "smollm3"), ("<|im_start|>", "chatml")]
+    style = next((style for mark, style in marks if mark in text), "")
+    return dict(model=None, model_config=config, tokenizer=tokenizer.state, optimizer={}, step=0, consumed_samples=0, stage="hf",
+                train_config=dict(style=style), monitor={}, lora={}, path=str(directory), crc=crc)
+
+
+def from_hf(directory, device="cpu", dtype=torch.float32, tp=None, vocab_size=0):
     """A directory with config.json and .safetensors -> model (or this rank's part of it over tp), its weights in `dtype`.
 
     At most one tensor is in memory besides the model. Every weight must be there, once, in the shape that the config implies.
+    vocab_size: that many tokens, where they are more than there; the new ones begin as the mean of all others.
     """
-    safetensors, directory = _safetensors(), Path(directory)
-    config, default = hf_config(directory / "config.json"), torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # so that nothing is made in float32 first
-    try:
-        with torch.device(device):
-            model = Transformer(config, tp, init=False)
-    finally:
-        torch.set_default_dtype(default)
+    safetensors, directory, config = _safetensors(), Path(directory), hf_config(Path(directory) / "config.json")
+    rows, config.vocab_size = config.vocab_size, max(config.vocab_size, vocab_size)
+    model = empty_model(config, device, dtype, tp)
     wanted = {n if n.startswith("lm_head") else f"model.{n}": p for n, p in model.named_parameters()}
     files = sorted(directory.glob("*.safetensors"))
     if not files:
@@ -752,13 +830,17 @@ def from_hf(directory, device="cpu", dtype=torch.float32, tp=None):
             for name in names:
                 if name == "lm_head.weight" and config.tie_word_embeddings or name.endswith("rotary_emb.inv_freq"):
                     continue  # the embedding again, and what follows from rope_theta
-                p = wanted.pop(name, None)
-                full = p is not None and [n * (tp.size() if tp and i == p.tp_dim else 1) for i, n in enumerate(p.shape)]
+                p, grown = wanted.pop(name, None), name in ("lm_head.weight", "model.embed_tokens.weight")
+                whole = p is not None and [n * (tp.size() if tp and i == p.tp_dim else 1) for i, n in enumerate(p.shape)]
+                whole = [rows, *whole[1:]] if whole and grown else whole
                 with safetensors.safe_open(file, "pt") as f, torch.no_grad():  # closed each time: the map gives its pages back
                     shape = f.get_slice(name).get_shape()
-                    if shape != full:
-                        raise SystemExit(f"{file}: {name} {shape}: " + (f"{full} expected" if full else "no such weight, or twice"))
-                    p.copy_(shard(f.get_tensor(name), p.tp_dim, tp))
+                    if shape != whole:
+                        raise SystemExit(f"{file}: {name} {shape}: " + (f"{whole} expected" if whole else "no such weight, or twice"))
+                    w = f.get_tensor(name)
+                    if grown and rows < config.vocab_size:
+                        w = torch.cat((w, w.float().mean(0, keepdim=True).to(w.dtype).expand(config.vocab_size - rows, -1)))
+                    p.copy_(shard(w, p.tp_dim, tp))
         except (safetensors.SafetensorError, OSError) as e:
             raise SystemExit(f"{file}: {e}: a whole safetensors file expected") from None
     if wanted:
@@ -766,18 +848,28 @@ def from_hf(directory, device="cpu", dtype=torch.float32, tp=None):
     return model
 
 
-def to_hf(model, directory, dtype=torch.bfloat16, shard_bytes=5_000_000_000):
-    """The way back: config.json and .safetensors that transformers' AutoModelForCausalLM loads without code of ours, in files of
-    up to shard_bytes. SmolLM3ForCausalLM, or LlamaForCausalLM where all layers have RoPE. Without tensor parallelism."""
+def to_hf(model, directory, tokenizer=None, style="", dtype=torch.bfloat16, shard_bytes=5_000_000_000, card=""):
+    """The way back: what transformers' AutoModelForCausalLM, AutoTokenizer and pipeline load without code of ours. Weights in files
+    of up to shard_bytes; style: of the chat template, none if empty; card: the text of README.md. SmolLM3ForCausalLM, or
+    LlamaForCausalLM where all layers have RoPE. Without tensor parallelism."""
     safetensors, directory, c = _safetensors(), Path(directory), model.config
     if c.qk_norm or c.sliding_window or model.tp is not None:
         raise SystemExit(f"qk_norm={c.qk_norm}, sliding_window={c.sliding_window}, tp={model.tp is not None}: "
                          f"none of them expected: transformers' SmolLM3 and Llama have no such thing")
     kind, theirs = ("smollm3", "SmolLM3ForCausalLM") if c.no_rope_layer_interval else ("llama", "LlamaForCausalLM")
-    config = {k: v for k, v in dataclasses.asdict(c).items() if k not in ("qk_norm", "sliding_window", "no_rope_layer_interval")}
+    if tokenizer and tokenizer.size > c.vocab_size:
+        raise SystemExit(f"vocab_size={c.vocab_size}: the {tokenizer.size} of tokenizer {tokenizer.name}, or more, expected")
+    special, ids = tokenizer.special if tokenizer else {}, dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    if tokenizer:
+        ends = ["<|im_end|>"] * bool(style) + ["<|endoftext|>"]
+        ids = dict(bos_token_id=tokenizer.bos, eos_token_id=[special[s] for s in ends], pad_token_id=special["<|pad|>"])
+    rope, ours = dict(rope_type="default", rope_theta=c.rope_theta), dataclasses.asdict(c)
+    if c.rope_factor > 1:
+        rope |= dict(rope_type="yarn", factor=c.rope_factor, original_max_position_embeddings=c.original_max_position_embeddings)
+    config = {k: v for k, v in ours.items() if k not in ("qk_norm", "sliding_window", "no_rope_layer_interval", "rope_factor",
+                                                         "original_max_position_embeddings")}
     config |= dict(architectures=[theirs], model_type=kind, head_dim=c.head_size, dtype=str(dtype)[6:], torch_dtype=str(dtype)[6:],
-                   rope_parameters=dict(rope_type="default", rope_theta=c.rope_theta), bos_token_id=None, pad_token_id=None,
-                   eos_token_id=None, **{k: HF_ONLY[k] for k in ("hidden_act", "attention_bias", "mlp_bias", "attention_dropout")})
+                   rope_parameters=rope, **ids, **{k: HF_ONLY[k] for k in ("hidden_act", "attention_bias", "mlp_bias", "attention_dropout")})
     if kind == "smollm3":
         layers = range(c.num_hidden_layers)
         config |= dict(no_rope_layer_interval=c.no_rope_layer_interval, no_rope_layers=[int(c.uses_rope(i)) for i in layers],
@@ -800,23 +892,69 @@ def to_hf(model, directory, dtype=torch.bfloat16, shard_bytes=5_000_000_000):
         total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
         write_json(directory / "model.safetensors.index.json", dict(metadata=dict(total_size=total), weight_map={
             k: name for name, weights in zip(names, files) for k in weights}))
+    if tokenizer:
+        tokenizer.to_hf(directory, style, c.max_position_embeddings)
+        write_json(directory / "generation_config.json", ids | dict(max_new_tokens=c.max_position_embeddings // 2))
+    if card:
+        (directory / "README.md").write_text(card, encoding="utf-8")
     write_json(directory / "config.json", config)  # last: without it nobody takes the directory for a model
+
+
+def model_card(config, extra, name):
+    """README.md of an exported model: what a reader of it wants to know, as far as the checkpoint and its directory tell."""
+    run, script = Path(extra["path"]).parent, dict(base="train", grpo="grpo", hf="none of ours").get(extra["stage"], "sft")
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").open()] if (run / "metrics.jsonl").exists() else []
+    last = next((row for row in reversed(rows) if row.get("final")), {})
+    found = {k: v for k, v in last.items() if k in ("loss", "val_loss")} | last.get("scores", {})
+    found |= {f"bits per byte, held-out {k}": v for k, v in last.get("val_bpb", {}).items()}
+    data = [str(v) for k in ("text", "jsonl", "hf", "data", "problems") if (v := extra["train_config"].get(k))]
+    trained = {k: v for k, v in extra["train_config"].items() if k not in Config.__dataclass_fields__ and v not in ("", False)}
+    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [nanosmol]",
+             "license: other  # to be chosen by you, who publish this", "---", "", f"# {name}", "",
+             f"{num_params(config):,} parameters, trained with nanosmol: stage {extra['stage']}, {extra['step']:,} steps.", "",
+             "| shape | |", "|---|---|", *(f"| {k} | {v} |" for k, v in dataclasses.asdict(config).items()), "",
+             "## Data and training", "", ", ".join(data) or "What nanosmol has built in: documentation and sources of a Python "
+             "installation, generated sums.", "", f"`python {script}.py --config=config.json`, config.json of the run being", "", "```json",
+             json.dumps(trained, indent=1), "```", "", "## Metrics", "",
+             "Held out, at the end of that run:" if found else "None are on record.", "",
+             *(f"* {k}: {v:.4g}" for k, v in found.items() if isinstance(v, float | int)), "",
+             "## Licence, intended use, limits", "", "To be filled in by you, who publish this."]
+    return "\n".join(lines) + "\n"
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
 
 @dataclass
 class Options(Config, Machine):
-    init: str = ""               # run directory, e.g. out/base
-    prompt: str = ""             # text to continue
-    export_hf: str = ""          # write the checkpoint in init to this empty directory, for transformers
+    init: str = ""               # run directory, e.g. out/base, or a Hugging Face directory
+    prompt: str = ""             # text to continue; with --chat: to answer
+    prompt_file: str = ""        # file of prompts, a line each
+    chat: bool = False           # talk to it: turns from the keyboard or, line by line, from a pipe
+    mode: str = "think"          # --chat: think or no_think, at the start
+    style: str = ""              # --chat: compact, smollm3 or chatml; default: what it was trained with
+    context: int = 4096          # --chat: tokens that it remembers, at most its max_position_embeddings
+    num_samples: int = 1         # continuations of each prompt
+    json: bool = False           # print them as JSON lines
+    export_hf: str = ""          # write the model to this empty directory, for transformers; --dtype=float32: not in bfloat16
     max_new_tokens: int = 256    # length of the continuation
     temperature: float = 0.8     # 0: greedy
     top_k: int = 0               # sample among the k likeliest; 0: all
     top_p: float = 1.0           # sample among the likeliest that hold this probability
     bench: bool = False          # measure decoding on random weights
-    batch: int = 32              # --bench: rows
+    batch: int = 32              # --bench, --prompt_file: rows at a time
     prompt_tokens: int = 32      # --bench: tokens in each prompt
+
+
+def extend(config, cfg):
+    """What the flags say on the rotary embedding, where that is not the default, replaces what a checkpoint says: the playbook
+    lengthens context by a larger base (ABF) and training, then by YaRN without. Call it before the row length changes."""
+    for name in ("rope_theta", "rope_factor", "original_max_position_embeddings"):
+        old, new = getattr(config, name), getattr(cfg, name)
+        if new not in (old, getattr(Config, name)):
+            print(f"!!! {name}: {new} instead of the checkpoint's {old}")
+            setattr(config, name, new)
+    if config.rope_factor > 1 and not config.original_max_position_embeddings:
+        config.original_max_position_embeddings = config.max_position_embeddings
 
 
 def shape_of(cfg):
@@ -856,8 +994,124 @@ def bench(cfg):
                 params=num_params(model.config), machine=rt.name, torch=torch.__version__)
 
 
+def open_model(cfg, rt):
+    """-> (model, its weights in the dtype of the matmuls, ready to write; tokenizer; chat template; stop ids). Says what memory
+    that takes before it is taken."""
+    from data import get_tokenizer  # a look to the right: text needs a tokenizer, and only this command needs text
+    state = read_checkpoint(cfg.init, fold=False)
+    c, dtype, tokens = state["model_config"], rt.dtype, cfg.context if cfg.chat else cfg.batch * 2 * cfg.max_new_tokens
+    tokens = min(tokens, c.max_position_embeddings) if cfg.chat else tokens if cfg.prompt_file else 2 * cfg.max_new_tokens
+    weights = num_params(c) * dtype.itemsize / rt.tp_size
+    cache = kv_bytes_per_token(c, 4 if rt.device.type == "cpu" else dtype.itemsize) * tokens / rt.tp_size
+    print(f"{num_params(c):,} parameters: {weights / 1e9:.3g} GB in {str(dtype)[6:]}, and {cache / 1e9:.3g} GB of cache for {tokens:,} "
+          f"tokens | {rt.name}", file=sys.stderr)
+    if rt.device.type == "cuda" and weights + cache > (free := torch.cuda.mem_get_info()[0]):
+        raise SystemExit(f"{cfg.init}: {(weights + cache) / 1e9:.1f} GB, and {free / 1e9:.1f} free on {rt.name}: fewer tokens "
+                         f"(--context, --max_new_tokens, --batch), --tp=2 or --device=cpu expected")
+    model, extra = load_checkpoint(state, rt.device, rt.tp_group, dtype)
+    extend(model.config, cfg)
+    model.compute_dtype, tokenizer, style = dtype, get_tokenizer(extra["tokenizer"]), extra["train_config"].get("style")
+    if cfg.chat and not (style or cfg.style):
+        print(f"!!! {cfg.init} has seen no chats, as far as it says: do not expect answers", file=sys.stderr)
+    return model, tokenizer, cfg.style or style or "compact", [tokenizer.special["<|im_end|>"], tokenizer.eos]
+
+
+def encode_prompt(text, tokenizer, style, cfg):
+    """What the model is to continue: the text, or a chat with this one turn."""
+    if cfg.chat:
+        from data import render
+        return render([dict(role="user", content=text)], cfg.mode, style, add_generation_prompt=True, tokenizer=tokenizer)[0]
+    ids = tokenizer.encode(text)
+    return [tokenizer.bos, *ids] if tokenizer.bos is not None else ids or [tokenizer.eos]  # which begins any document
+
+
+def write(model, prompt, tokenizer, stop, cfg, limit, room, seed):
+    """Print up to `limit` tokens after `prompt` as they come, a thought dimmed -> (text, tokens, whether it came to an end)."""
+    utf8, text, finished, n = codecs.getincrementaldecoder("utf-8")("replace"), [], False, 0
+    dim, plain = ("\x1b[2m", "\x1b[0m") if sys.stdout.isatty() else ("", "")
+    marks = {tokenizer.special["<think>"]: (dim, ""), tokenizer.special["</think>"]: ("", plain)}
+    try:
+        for ((_, token, _),) in stream(model, [prompt], room, cfg.temperature, cfg.top_k, cfg.top_p, stop, [seed],
+                                       cfg.compile and "frozen"):
+            n += 1
+            finished = token in stop
+            if not finished:
+                text.append(utf8.decode(tokenizer.decode_bytes([token])))
+                before, after = marks.get(token, ("", ""))
+                print(f"{before}{text[-1]}{after}", end="", flush=True)
+            if finished or n == limit:
+                break
+    except KeyboardInterrupt:  # enough of that
+        pass
+    print(plain)
+    return "".join(text), n, finished
+
+
+COMMANDS = "/think and /no_think switch, /system TEXT begins anew under that, /reset begins anew, /exit or Ctrl-D ends; Ctrl-C: enough"
+
+
+def chat(model, tokenizer, style, stop, cfg):
+    """Talk until the end of the input -> {"messages": [...]}. Turns that no longer fit are forgotten, the oldest first."""
+    from data import reasoned, render
+    keyboard, messages, mode, turn = sys.stdin.isatty(), [], cfg.mode, 0
+    window = min(cfg.context, model.config.max_position_embeddings)
+    if keyboard:
+        import readline  # editing and history of the line
+        print(f"{COMMANDS}\n")
+    while True:
+        try:
+            line = input(f"{mode}> " if keyboard else "").strip()
+        except (EOFError, KeyboardInterrupt):
+            return dict(messages=messages)
+        command, _, rest = line.partition(" ")
+        if command in ("/think", "/no_think"):
+            mode, line = command[1:], rest.strip()
+        elif command == "/system":
+            messages, line = [dict(role="system", content=rest.strip())] if rest.strip() else [], ""
+        elif command == "/reset":
+            messages, line = [m for m in messages if m["role"] == "system"], ""
+        elif command in ("/exit", "/quit"):
+            return dict(messages=messages)
+        elif command.startswith("/") and command[1:].isalpha():
+            print(f"{command}: {COMMANDS}", file=sys.stderr)
+            continue
+        if not line:
+            continue
+        messages, turn, n = [*messages, dict(role="user", content=line)], turn + 1, sum(m["role"] == "system" for m in messages)
+        while True:
+            ids, _ = render([reasoned(m, mode) for m in messages], mode, style, add_generation_prompt=True, tokenizer=tokenizer)
+            if len(ids) <= window - min(cfg.max_new_tokens, window // 4) or len(messages) <= n + 1:
+                break
+            del messages[n:n + 2]
+        if len(ids) >= window:
+            print(f"{len(ids)} tokens: fewer than {window} expected (--context, max_position_embeddings)", file=sys.stderr)
+            messages.pop()
+            continue
+        start = time.perf_counter()  # room for the whole window, always: a compiled step is for one size of the cache
+        text, tokens, finished = write(model, ids, tokenizer, stop, cfg, cfg.max_new_tokens, window - len(ids), (cfg.seed, turn))
+        messages.append(dict(role="assistant", content=text))
+        speed = f"[{tokens} tokens, {tokens / (time.perf_counter() - start):.0f} tok/s" + "]" * finished + ", cut off]" * (not finished)
+        print(f"\x1b[2m{speed}\x1b[0m\n" if keyboard else speed, file=sys.stderr)
+
+
+def continuations(model, tokenizer, style, stop, prompts, cfg):
+    """cfg.num_samples of each prompt, printed as text or JSON lines -> {"samples": [...]}."""
+    jobs, samples = [(i, k) for i in range(len(prompts)) for k in range(cfg.num_samples)], []
+    for at in range(0, len(jobs), cfg.batch):
+        some = jobs[at:at + cfg.batch]
+        ids = [encode_prompt(prompts[i], tokenizer, style, cfg) for i, _ in some]
+        made = generate(model, ids, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, stop, [(cfg.seed, *job) for job in some],
+                        cfg.compile and "frozen")
+        for (i, _), (new, logps) in zip(some, made):
+            finished = new[-1] in stop
+            text = tokenizer.decode(new[:-1] if finished else new)
+            samples.append(dict(prompt=prompts[i], text=text, tokens=len(new), finished=finished, logprob=sum(logps)))
+            print(json.dumps(samples[-1], ensure_ascii=False) if cfg.json else f"--- {prompts[i]}\n{text}", flush=True)
+    return dict(samples=samples)
+
+
 def main(cfg):
-    """The table, a benchmark, or text after a prompt."""
+    """The table, a benchmark, an export, a chat, or text after prompts."""
     if cfg.bench:
         result = bench(cfg)
         print(json.dumps(result))
@@ -866,25 +1120,32 @@ def main(cfg):
         print(table())
         return {}
     if cfg.export_hf:
-        model, _ = load_checkpoint(cfg.init)
-        to_hf(model, cfg.export_hf)
-        print(f"wrote {cfg.export_hf}: AutoModelForCausalLM.from_pretrained loads it (weights and shape; no tokenizer yet)")
+        from data import get_tokenizer
+        dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
+        model, extra = load_checkpoint(cfg.init, dtype=dtype)
+        style, name = extra["train_config"].get("style", ""), Path(cfg.export_hf).name
+        to_hf(model, cfg.export_hf, get_tokenizer(extra["tokenizer"]), style, dtype, card=model_card(model.config, extra, name))
+        print(f"wrote {cfg.export_hf}; try: transformers chat {cfg.export_hf}; README.md there waits for you")
         return {"export_hf": cfg.export_hf}
-    from data import get_tokenizer  # the one look to the right: text needs a tokenizer, and only this command needs text
-    rt = setup(cfg)
-    model, extra = load_checkpoint(cfg.init, rt.device, rt.tp_group)
-    model.compute_dtype = rt.dtype
-    tokenizer = get_tokenizer(extra["tokenizer"])
-    text, utf8 = [], codecs.getincrementaldecoder("utf-8")("replace")
-    print(cfg.prompt, end="", flush=True)
-    prompt = tokenizer.encode(cfg.prompt) or [tokenizer.eos]  # EOS is what stands before a document's first token
-    for ((_, token, _),) in stream(model, [prompt], cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p,
-                                   [tokenizer.eos], cfg.seed, cfg.compile and "frozen"):
-        if token != tokenizer.eos:
-            text.append(utf8.decode(tokenizer.decode_bytes([token])))
-            print(text[-1], end="", flush=True)
-    print()
-    return {"text": "".join(text)}
+    if cfg.mode not in ("think", "no_think") or min(cfg.num_samples, cfg.batch, cfg.context, cfg.max_new_tokens) < 1:
+        raise SystemExit("--mode: think or no_think expected; --num_samples, --batch, --context, --max_new_tokens: at least 1")
+    rt, prompts = setup(cfg), [cfg.prompt]
+    if cfg.prompt_file:
+        try:
+            prompts = Path(cfg.prompt_file).read_text(encoding="utf-8").splitlines()
+        except (OSError, ValueError) as e:
+            raise SystemExit(f"--prompt_file={cfg.prompt_file}: {e}: a text file expected, a prompt on each line") from None
+    if rt.world_size > rt.tp_size or cfg.chat and rt.world_size > 1 and prompts == [""]:
+        raise SystemExit("one process expected, or --tp with a --prompt")
+    model, tokenizer, style, stop = open_model(cfg, rt)
+    if cfg.chat and prompts == [""]:
+        return chat(model, tokenizer, style, stop, cfg)
+    if cfg.prompt_file or cfg.json or cfg.num_samples > 1:
+        return continuations(model, tokenizer, style, stop, prompts, cfg)
+    print(cfg.prompt, end="\n" if cfg.chat else "", flush=True)
+    n = cfg.max_new_tokens
+    text, _, _ = write(model, encode_prompt(cfg.prompt, tokenizer, style, cfg), tokenizer, stop, cfg, n, n, (cfg.seed, 0))
+    return {"text": text}
 
 
 if __name__ == "__main__":

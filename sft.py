@@ -26,7 +26,7 @@ from infra import Machine, Stop, all_sum, gather
 @dataclass
 class Config(Machine):
     stage: str = "sft"             # sft, apo (preference pairs, whatever the loss_type), eval, merge
-    init: str = ""                 # checkpoint to start from; default: out/base for sft, out/sft for apo, out/apo for eval
+    init: str = ""                 # run or Hugging Face directory to start from; default: out/base, for apo out/sft, for eval out/apo
     out: str = ""                  # run directory; default: out/STAGE
     # data
     data: str = ""                 # JSONL files, folders, patterns, NAME=PATH,...; default: sums of numbers
@@ -110,7 +110,7 @@ class LoRALinear(nn.Module):
         """An ordinary Linear of the same function."""
         linear = nano.Linear(1, 1, None, 0)
         linear.weight = self.weight
-        linear.weight.data += self.scale * self.lora_B.data @ self.lora_A.data
+        linear.weight.data = self.weight.data.float() + self.scale * self.lora_B.data @ self.lora_A.data
         return linear
 
 
@@ -564,7 +564,9 @@ def open_model(cfg, rt, resuming):
         raise SystemExit(f"--resume: {cfg.out} holds {'adapters' if here['lora'] else 'a whole model'}: --lora_rank "
                          f"{'' if here['lora'] else '0 '}expected")
     if init or resuming:
-        model, extra = nano.load_checkpoint(cfg.out if resuming and not cfg.lora_rank else init, rt.device, rt.tp_group)
+        source = cfg.out if resuming and not cfg.lora_rank else init
+        dtype = rt.dtype if cfg.lora_rank and not nano.checkpoints(source) else torch.float32  # a frozen 3B in half the memory
+        model, extra = nano.load_checkpoint(source, rt.device, rt.tp_group, dtype)
     else:
         print(f"\n!!! no checkpoint in {DEFAULTS[cfg.stage]['init']}: starting from a small model that knows nothing "
               f"(python train.py makes one that does)\n")

@@ -31,7 +31,7 @@ class Config(nano.Config, Machine):
     text: str = ""                 # file, folder or glob of your own text, NAME=PATH,... for several; default: built in
     jsonl: str = ""                # JSONL files with a "text" key
     hf: str = ""                   # Hugging Face dataset to stream (needs `datasets` and a network)
-    tokenizer: str = "bytes"       # bytes, or a tiktoken name such as gpt2 (downloads its vocabulary once)
+    tokenizer: str = "bytes"       # bytes, a file or folder (tokenizer.json, tokenizer.model), or a tiktoken name such as gpt2
     mixture: str = ""              # smollm3, "text=0.8,code=0.2", or stages "0.7:...;1.0:..."; default: smollm3 or by size
     val_fraction: float = 0.05     # held out, by document
     skip_samples: str = ""         # "a:b,c:d": leave out rows a to b-1 of the run's order (after a loss spike)
@@ -314,8 +314,9 @@ def build(cfg, rt, tokenizer, start_from=""):
     """-> (model on the device, what else was in the checkpoint). Shape from the checkpoint where there is one."""
     if start_from:
         model, extra = nano.load_checkpoint(start_from, rt.device, rt.tp_group)
-        if extra["tokenizer"] != cfg.tokenizer:
-            raise SystemExit(f"--tokenizer={cfg.tokenizer}: {start_from} was trained with {extra['tokenizer']}")
+        if (theirs := data.get_tokenizer(extra["tokenizer"])).name != tokenizer.name:
+            raise SystemExit(f"--tokenizer={cfg.tokenizer}: {start_from} was trained with {theirs.name}"
+                             + f" (--tokenizer={start_from})" * (extra["stage"] == "hf"))
     else:
         if 0 < cfg.vocab_size < tokenizer.vocab_size:
             raise SystemExit(f"--vocab_size={cfg.vocab_size}: at least the tokenizer's {tokenizer.vocab_size} expected")
@@ -403,13 +404,14 @@ def begin(cfg, rt):
     try:
         with in_turn(rt):
             tokenizer = data.get_tokenizer(cfg.tokenizer)
-            sources = data.prepare(text=cfg.text, jsonl=cfg.jsonl, hf=cfg.hf, tokenizer=cfg.tokenizer,
+            sources = data.prepare(text=cfg.text, jsonl=cfg.jsonl, hf=cfg.hf, tokenizer=tokenizer,
                                    val_fraction=cfg.val_fraction, out=out.parent / "data")
         loader = data.Loader(sources, cfg.mixture, T, cfg.steps * rows, cfg.seed, cfg.skip_samples)
         for s in sources:  # better now than at the first evaluation
             data.count_rows(f"{s.name}.val", s.val, T)
         model, extra = build(cfg, rt, tokenizer, out if resuming else cfg.init)
         if not resuming:  # the length of rows is a choice of the run that starts from --init, not of the shape there
+            nano.extend(model.config, cfg)
             model.config.max_position_embeddings, extra = T, {}
         consumed, before = (extra["consumed_samples"], extra["train_config"].get("skip_samples", "")) if resuming else (0, "")
         if data.skipped(before, consumed) != data.skipped(cfg.skip_samples, consumed):
@@ -472,7 +474,7 @@ def save(run):
     """Checkpoint the run where it stands. A full disk costs this checkpoint, not the run: True if it was written."""
     try:
         if run.rt.dp_rank == 0:
-            nano.save_checkpoint(run.out, run.model, run.step, run.consumed, run.stage, run.tokenizer.name,
+            nano.save_checkpoint(run.out, run.model, run.step, run.consumed, run.stage, run.tokenizer.state,
                                  optimizer_state(run.model, run.optimizers), dataclasses.asdict(run.cfg), lora=run.lora,
                                  monitor=run.monitor | dict(norms=list(run.norms), skipped=run.skipped, seconds=run.seconds))
     except OSError as e:

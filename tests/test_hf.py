@@ -11,10 +11,12 @@ safetensors = pytest.importorskip("safetensors.torch", reason="the package safet
 
 SHAPE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=64, pad_token_id=None, bos_token_id=None, eos_token_id=3)
+YARN = dict(rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=16)
 KINDS = {"smollm3": dict(), "untied": dict(tie_word_embeddings=False), "MHA": dict(num_key_value_heads=4), "MQA": dict(num_key_value_heads=1),
          "interval 2": dict(no_rope_layer_interval=2), "RoPE everywhere": dict(no_rope_layers=[1] * 5),
          "llama": dict(llama=True), "llama, tied": dict(llama=True, tie_word_embeddings=True), "wide heads": dict(llama=True, head_dim=16),
-         "theta": dict(rope_parameters=dict(rope_type="default", rope_theta=777.0), rms_norm_eps=1e-5)}
+         "theta": dict(rope_parameters=dict(rope_type="default", rope_theta=777.0), rms_norm_eps=1e-5),
+         "YaRN": dict(rope_parameters=YARN, head_dim=16), "llama, YaRN": dict(llama=True, rope_parameters=YARN | dict(factor=2.5))}
 
 
 def theirs(folder, llama=False, **change):
@@ -40,7 +42,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers_and_the_way_back_is_
     prompts = [[5, 6, 7], [8], [9] * 11]
     with torch.no_grad():
         assert (hf(ids).logits - ours(ids)).abs().max() < 1e-4
-        nano.to_hf(ours, tmp_path / "b", torch.float32, shard_bytes=10_000 if kind == "llama" else 10**9)
+        nano.to_hf(ours, tmp_path / "b", dtype=torch.float32, shard_bytes=10_000 if kind == "llama" else 10**9)
         back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
         assert (back(ids).logits - ours(ids)).abs().max() < 1e-4
         for prompt, (new, _) in zip(prompts, nano.generate(ours, prompts, 50, temperature=0, stop_ids=[3])):
@@ -150,7 +152,7 @@ def test_no_config_no_weights_a_full_directory_and_what_transformers_lacks_are_o
 
 
 def test_a_checkpoint_is_exported_from_the_command_line(tmp_path, capsys):
-    m = nano.Transformer(nano.Config(**{k: v for k, v in SHAPE.items() if not k.endswith("token_id")}))
+    m = nano.Transformer(nano.Config(**{k: v for k, v in SHAPE.items() if not k.endswith("token_id")} | dict(vocab_size=320)))
     nano.save_checkpoint(tmp_path, m)
     nano.main(nano.Options(init=str(tmp_path), export_hf=str(tmp_path / "hf")))
     hf, ids = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf", dtype=torch.float32), torch.randint(0, 64, (1, 9))
