@@ -830,6 +830,8 @@ THINK_PERSONA = (
 XML_TOOLS = ("You may call one or more functions to assist with the user query.\n\nYou are provided with function signatures "
              "within <tools></tools> XML tags:\n\n<tools>\n{}</tools>\n\nFor each function call, return a json object with "
              "function name and arguments within <tool_call></tool_call> XML tags.")
+METADATA = ("## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: {date}\nReasoning Mode: /{mode}\n\n"
+            "## Custom Instructions\n\n{text}## Tools\n\n### XML Tools\n\n{xml}\n\n### Python Tools\n\n{python}\n\n")
 THOUGHT = re.compile(r"<think>(.*?)</think>", re.S)     # what an assistant's content may begin with
 
 
@@ -879,9 +881,15 @@ def system_text(system, mode, style, tools, date):
     tools = tools if isinstance(tools, dict) else dict(xml=tools)
     check_tools(tools.get("xml") if set(tools) <= {"xml", "python"} else tools)
     xml = "".join(json.dumps(tool, ensure_ascii=False) + "\n" for tool in tools.get("xml") or ())
-    return (f"## Metadata\n\nKnowledge Cutoff Date: June 2025\nToday Date: {date or time.strftime('%d %B %Y')}\n"
-            f"Reasoning Mode: /{mode}\n\n## Custom Instructions\n\n{text}## Tools\n\n### XML Tools\n\n"
-            f"{XML_TOOLS.format(xml) if xml else None}\n\n### Python Tools\n\n{tools.get('python') or None}\n\n")
+    return METADATA.format(date=date or time.strftime("%d %B %Y"), mode=mode, text=text,
+                           xml=XML_TOOLS.format(xml) if xml else None, python=tools.get("python") or None)
+
+
+def own_specials(text, style, tokenizer):
+    """A system turn -> its parts: in what SmolLM3's template says itself, <think> and <tool_call> are the tokens of that name."""
+    own = "|".join(map(re.escape, (THINK_PERSONA, XML_TOOLS.rpartition("{}")[2])))
+    for i, part in enumerate(re.split(f"({own})", text) if style == "smollm3" else [text]):
+        yield from (tokenizer.special.get(x, x) for x in re.split("(</?think>|</?tool_call>)", part)) if i % 2 else [part]
 
 
 def render(messages, mode="think", style="compact", tools=None, date=None, add_generation_prompt=False, tokenizer=None,
@@ -916,7 +924,7 @@ def render(messages, mode="think", style="compact", tools=None, date=None, add_g
         header += [think, "\n\n", thought, "\n"]
     text = system_text(system, mode, style, tools, date)
     if text is not None:
-        put(False, start, "system\n" + text, end, "\n")
+        put(False, start, "system\n", *own_specials(text, style, tokenizer), end, "\n")
     for i, m in enumerate(messages):
         role, content = m["role"], m["content"]
         if role == "assistant":
@@ -934,7 +942,51 @@ def render(messages, mode="think", style="compact", tools=None, date=None, add_g
     return ids, mask
 
 
-JINJA = {}
+# render in Jinja, for transformers' apply_chat_template: the same text to the byte, {% generation %} round what is trained. The
+# mode is enable_thinking. What differs: no_think drops an answer's reasoning instead of refusing it, lone surrogates stay, and
+# where a user writes the name of a special token, transformers takes it for that token.
+CHECKS = r"""{% for m in messages %}
+{% set bad = "role: expected system, user, assistant or tool" if m.role not in ["system", "user", "assistant", "tool"]
+    else "tool_calls: expected the call as text in content" if m.tool_calls
+    else "content: expected text; without a system message, no such entry" if m.content is not string
+    else "a system message: expected it as the first message only" if m.role == "system" and not loop.first
+    else "a second message of its role in a row" if not loop.first and m.role == loop.previtem.role and m.role != "tool" %}
+{% if bad %}{{ raise_exception("message " ~ loop.index0 ~ ": " ~ bad) }}{% endif %}
+{% endfor %}
+"""
+NO_TOOLS = '{% if tools or xml_tools or python_tools %}{{ raise_exception("tools: expected style smollm3") }}{% endif %}\n'
+SYSTEM = r"""{% set system = messages[0].content if messages[0].role == "system" else none %}
+{% set text = system or "" %}
+{% set mode = "no_think" if "/no_think" in text or "/think" not in text and enable_thinking == false else "think" %}
+{% set text = text.replace("/no_think", "").replace("/think", "").rstrip() %}
+{% set names = {"user": "user", "tool": "user"} %}
+<|im_start|>system
+{% if "/system_override" in text %}{{ text.replace("/system_override", "").rstrip() }}{% else %}
+"""
+TURNS = r"""{% set header = "<|im_start|>assistant\n" ~ ("<think>\n\n</think>\n" if mode == "no_think" else "") %}
+{% for m in messages %}
+{% if m.role == "assistant" %}
+{% set answer = namespace(text=m.content.lstrip("\n")) %}
+{% for block in m.content.split("</think>")[1:] if mode == "no_think" %}
+{% if answer.text.startswith("<think>") %}{% set answer.text = answer.text.split("</think>", 1)[1].lstrip() %}{% endif %}
+{% endfor %}
+{{ header }}{% generation %}{{ answer.text }}<|im_end|>{% endgeneration %}{{ "\n" }}{% elif m.role in names %}
+<|im_start|>{{ names[m.role] ~ "\n" ~ m.content }}<|im_end|>
+{% endif %}
+{% endfor %}
+{% if add_generation_prompt %}{{ header }}{% endif %}
+"""
+JINJA = dict(
+    compact=CHECKS + NO_TOOLS + SYSTEM + '{{ ("/" ~ mode ~ "\\n" ~ text).rstrip() }}{% endif %}<|im_end|>\n' + TURNS,
+    smollm3=CHECKS + SYSTEM + r"""{% set xml_tools = (tools or []) + (xml_tools or []) %}
+{% set xml %}{% if xml_tools %}""" + XML_TOOLS.format(r"""{% for tool in xml_tools %}
+{% if tool is not mapping %}{{ raise_exception("tools: expected a list of JSON objects") }}{% endif %}
+{{ tool | tojson }}
+{% endfor %}""") + r"""{% else %}None{% endif %}{% endset %}
+{% set persona %}""" + PERSONA + '{% if mode == "think" %}' + THINK_PERSONA + "{% endif %}{% endset %}\n" + METADATA.format(
+        date='{{ date or strftime_now("%d %B %Y") }}', mode="{{ mode }}", xml="{{ xml }}", python="{{ python_tools or none }}",
+        text=r'{{ "" if system == "" else (text or persona) ~ "\n\n" }}') + "{% endif %}<|im_end|>\n" + TURNS,
+    chatml=CHECKS + NO_TOOLS + '{% set mode, names = none, {"system": "system", "user": "user", "tool": "tool"} %}\n' + TURNS)
 
 
 # --- rows of data sets: formats, told by their keys, to one internal form --------------------------------------------
