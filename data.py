@@ -93,8 +93,9 @@ class Tokenizer:
     def to_hf(self, directory, style="", length=0):
         """tokenizer.json, tokenizer_config.json and, unless style is empty, chat_template.jinja, for transformers' AutoTokenizer."""
         name = {i: s for s, i in reversed(self.special.items())}
-        config = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False, model_max_length=length or int(1e30),
-                      bos_token=name.get(self.bos), eos_token="<|im_end|>" if style else name[self.eos], pad_token=name[self.special["<|pad|>"]])
+        config = dict(tokenizer_class="PreTrainedTokenizerFast", clean_up_tokenization_spaces=False, padding_side="left",
+                      model_max_length=length or int(1e30), bos_token=name.get(self.bos), pad_token=name[self.special["<|pad|>"]],
+                      eos_token="<|im_end|>" if style else name[self.eos])
         (Path(directory) / "tokenizer.json").write_text(tokenizer_json(self), encoding="utf-8")
         infra.write_json(Path(directory) / "tokenizer_config.json", config)
         if style:

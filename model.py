@@ -1043,7 +1043,8 @@ def write(model, prompt, tokenizer, stop, cfg, limit, room, seed):
                 break
     except KeyboardInterrupt:  # enough of that
         pass
-    print(plain)
+    text.append(utf8.decode(b"", final=True))  # half a character
+    print(f"{text[-1]}{plain}")
     return "".join(text), n, finished
 
 
@@ -1127,8 +1128,12 @@ def main(cfg):
         to_hf(model, cfg.export_hf, get_tokenizer(extra["tokenizer"]), style, dtype, card=model_card(model.config, extra, name))
         print(f"wrote {cfg.export_hf}; try: transformers chat {cfg.export_hf}; README.md there waits for you")
         return {"export_hf": cfg.export_hf}
-    if cfg.mode not in ("think", "no_think") or min(cfg.num_samples, cfg.batch, cfg.context, cfg.max_new_tokens) < 1:
-        raise SystemExit("--mode: think or no_think expected; --num_samples, --batch, --context, --max_new_tokens: at least 1")
+    for bad, message in ((cfg.mode not in ("think", "no_think"), f"--mode={cfg.mode}: think or no_think expected"),
+                         (cfg.style not in ("", "compact", "smollm3", "chatml"), f"--style={cfg.style}: compact, smollm3 or chatml expected"),
+                         (min(cfg.num_samples, cfg.batch, cfg.context, cfg.max_new_tokens) < 1,
+                          "--num_samples, --batch, --context, --max_new_tokens: at least 1 expected")):
+        if bad:
+            raise SystemExit(message)
     rt, prompts = setup(cfg), [cfg.prompt]
     if cfg.prompt_file:
         try:

@@ -190,7 +190,8 @@ def test_a_flag_in_the_system_message_decides_the_mode_and_no_other(system, give
     messages = ([] if system is None else [S(system)]) + [U("/think /no_think"), A("/think")]
     assert data.effective_mode(messages, given) == mode
     for style in ("compact", "smollm3"):                # the empty reasoning before an answer tells the mode
-        assert render(messages, given, style)[0].count(THINK) == (mode == "no_think")
+        ids, _ = render(messages, given, style)
+        assert ids[ids.index(END):].count(THINK) == (mode == "no_think")
 
 
 # --- what is trained -------------------------------------------------------------------------------------------------
@@ -227,7 +228,7 @@ def test_think_tokens_are_trained_where_the_model_must_write_them_and_not_where_
     for mode, messages, written, given in (("think", THOUGHTS, 2, 0), ("think", TALK, 0, 0), ("no_think", TALK, 0, 2)):
         ids, mask = render(messages, mode, style)
         for token in (THINK, THOUGHT):
-            at = [m for i, m in zip(ids, mask) if i == token]
+            at = [m for i, m in list(zip(ids, mask))[ids.index(END):] if i == token]
             assert at.count(1) == written and at.count(0) == given * (style != "chatml")
 
 

@@ -10,7 +10,7 @@ transformers = pytest.importorskip("transformers", reason="the package transform
 safetensors = pytest.importorskip("safetensors.torch", reason="the package safetensors is not installed: no Hugging Face directories")
 
 SHAPE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=5, num_attention_heads=4, num_key_value_heads=2,
-             max_position_embeddings=64, pad_token_id=None, bos_token_id=None, eos_token_id=3)
+             max_position_embeddings=128, pad_token_id=None, bos_token_id=None, eos_token_id=3)
 YARN = dict(rope_type="yarn", rope_theta=100.0, factor=4.0, original_max_position_embeddings=16)
 KINDS = {"smollm3": dict(), "untied": dict(tie_word_embeddings=False), "MHA": dict(num_key_value_heads=4), "MQA": dict(num_key_value_heads=1),
          "interval 2": dict(no_rope_layer_interval=2), "RoPE everywhere": dict(no_rope_layers=[1] * 5),
@@ -45,9 +45,10 @@ def test_logits_and_greedy_tokens_are_those_of_transformers_and_the_way_back_is_
         nano.to_hf(ours, tmp_path / "b", dtype=torch.float32, shard_bytes=10_000 if kind == "llama" else 10**9)
         back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
         assert (back(ids).logits - ours(ids)).abs().max() < 1e-4
-        for prompt, (new, _) in zip(prompts, nano.generate(ours, prompts, 50, temperature=0, stop_ids=[3])):
-            expected = hf.generate(torch.tensor([prompt]), max_new_tokens=50, do_sample=False)[0, len(prompt):]
-            assert new == expected.tolist()
+        padded, seen = ([[x] * (11 - len(p)) + (p if x == 3 else [1] * len(p)) for p in prompts] for x in (3, 0))
+        theirs = hf.generate(torch.tensor(padded), attention_mask=torch.tensor(seen), max_new_tokens=64, do_sample=False, pad_token_id=3)
+        for row, (new, _) in zip(theirs[:, 11:].tolist(), nano.generate(ours, prompts, 64, temperature=0, stop_ids=[3])):
+            assert row[:len(new)] == new and set(row[len(new):]) <= {3} and (new[-1] == 3 or len(new) == 64)
     assert {n: p.tolist() for n, p in hf.state_dict().items()} == {n: p.tolist() for n, p in back.state_dict().items()}
     again = nano.from_hf(tmp_path / "b")
     assert again.config == ours.config and all(map(torch.equal, again.parameters(), ours.parameters()))

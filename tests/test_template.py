@@ -41,19 +41,9 @@ def variables(mode, style, tools, **more):
     return dict(chat_template=data.JINJA[style]) | {k: v for k, v in given.items() if v not in (None, True)} | more
 
 
-def spelled(ids, mask):
-    """SmolLM3's system turn with its special tokens as bytes: the texts of persona and tools name some, which render leaves text."""
-    end = ids.index(END)
-    system = [b for i in ids[1:end] for b in BYTES.pieces[i]]
-    assert not any(mask[:end])
-    return ids[:1] + system + ids[end:], [0] * (len(system) + 1) + mask[end:]
-
-
-def without_lookalikes(ids, style):
-    """Is every special token's name in the text a special token? But for those in SmolLM3's system turn that `spelled` is for."""
-    end = ids.index(END) if style == "smollm3" else 0
-    names = sum(BYTES.decode(ids[end:]).count(s) for s in data.SPECIALS)
-    return names == sum(i > 255 for i in ids[end:]) and "<|im_end|>" not in BYTES.decode(ids[:end])
+def without_lookalikes(ids):
+    """Is every special token's name in the text a special token?"""
+    return sum(BYTES.decode(ids).count(s) for s in data.SPECIALS) == sum(i > 255 for i in ids)
 
 
 def compare(messages, mode="think", style="compact", tools=None, prompt=False, expected=None, leaks={}):
@@ -62,10 +52,10 @@ def compare(messages, mode="think", style="compact", tools=None, prompt=False, e
     how = variables(mode, style, tools, add_generation_prompt=prompt) | leaks
     text = HF.apply_chat_template(messages, tokenize=False, **how)
     assert text == BYTES.decode(ids)
-    if whole := without_lookalikes(ids, style):
+    if whole := without_lookalikes(ids):
         out = HF.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True, **how)
         theirs = out["input_ids"], out["assistant_masks"]
-        assert (spelled(*theirs) if style == "smollm3" else theirs) == (ids, mask)
+        assert theirs == (ids, mask)
     return text, whole
 
 
@@ -211,7 +201,7 @@ def test_several_chats_at_once_and_an_answer_to_go_on_with(style):
     chats = [THOUGHTS, TALKS["turns"], TALKS["tool"]]
     out = HF.apply_chat_template(chats, return_assistant_tokens_mask=True, **variables("think", style, None))
     for ids, mask, chat in zip(out["input_ids"], out["assistant_masks"], chats, strict=True):
-        assert (spelled(ids, mask) if style == "smollm3" else (ids, mask)) == data.render(chat, style=style, date=DATE)
+        assert (ids, mask) == data.render(chat, style=style, date=DATE)
     for mode in MODES:
         text = HF.apply_chat_template([U("x"), A("\nSo ")], tokenize=False, continue_final_message=True, **variables(mode, style, None))
         assert text + "<|im_end|>\n" == BYTES.decode(data.render([U("x"), A("So ")], mode, style, date=DATE)[0])
