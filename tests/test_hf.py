@@ -46,8 +46,8 @@ def test_logits_and_greedy_tokens_are_those_of_transformers_and_the_way_back_is_
         back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
         assert (back(ids).logits - ours(ids)).abs().max() < 1e-4
         padded, seen = ([[x] * (11 - len(p)) + (p if x == 3 else [1] * len(p)) for p in prompts] for x in (3, 0))
-        theirs = hf.generate(torch.tensor(padded), attention_mask=torch.tensor(seen), max_new_tokens=64, do_sample=False, pad_token_id=3)
-        for row, (new, _) in zip(theirs[:, 11:].tolist(), nano.generate(ours, prompts, 64, temperature=0, stop_ids=[3])):
+        made = hf.generate(torch.tensor(padded), attention_mask=torch.tensor(seen), max_new_tokens=64, do_sample=False, pad_token_id=3)
+        for row, (new, _) in zip(made[:, 11:].tolist(), nano.generate(ours, prompts, 64, temperature=0, stop_ids=[3])):
             assert row[:len(new)] == new and set(row[len(new):]) <= {3} and (new[-1] == 3 or len(new) == 64)
     assert {n: p.tolist() for n, p in hf.state_dict().items()} == {n: p.tolist() for n, p in back.state_dict().items()}
     again = nano.from_hf(tmp_path / "b")
