@@ -792,14 +792,14 @@ def hf_checkpoint(directory):
     from data import JINJA, get_tokenizer  # a look to the right: only the tokenizer tells how many rows the embedding needs
     directory, crc = Path(directory), 0
     config = hf_config(directory / "config.json")
+    for _, name, weight in hf_weights(directory):  # ends of each matrix: training changes all of them, and 6 GB would take seconds
+        n = weight.get_shape()[0]
+        for rows in (weight[:4], weight[max(0, n - 4):]):
+            crc = zlib.crc32(rows.contiguous().view(torch.uint8).numpy(), crc)
     try:
         tokenizer = get_tokenizer(directory)
     except ValueError as e:
         raise SystemExit(str(e)) from None
-    for file in [directory / "config.json", *sorted(directory.glob("*.safetensors"))]:
-        with open(file, "rb") as f:
-            while chunk := f.read(2**24):
-                crc = zlib.crc32(chunk, crc)
     if tokenizer.size > config.vocab_size:
         config.vocab_size = tokenizer.vocab_size
     template = directory / "chat_template.jinja"
@@ -810,17 +810,9 @@ def hf_checkpoint(directory):
                 train_config=dict(style=style), monitor={}, lora={}, path=str(directory), crc=crc)
 
 
-def from_hf(directory, device="cpu", dtype=torch.float32, tp=None, vocab_size=0):
-    """A directory with config.json and .safetensors -> model (or this rank's part of it over tp), its weights in `dtype`.
-
-    At most one tensor is in memory besides the model. Every weight must be there, once, in the shape that the config implies.
-    vocab_size: that many tokens, where they are more than there; the new ones begin as the mean of all others.
-    """
-    safetensors, directory, config = _safetensors(), Path(directory), hf_config(Path(directory) / "config.json")
-    rows, config.vocab_size = config.vocab_size, max(config.vocab_size, vocab_size)
-    model = empty_model(config, device, dtype, tp)
-    wanted = {n if n.startswith("lm_head") else f"model.{n}": p for n, p in model.named_parameters()}
-    files = sorted(directory.glob("*.safetensors"))
+def hf_weights(directory):
+    """Yield (file, name, an open safetensors slice) of each weight in a directory."""
+    safetensors, files = _safetensors(), sorted(Path(directory).glob("*.safetensors"))
     if not files:
         raise SystemExit(f"{directory}: no .safetensors here: the weights of a model expected")
     for file in files:
@@ -828,21 +820,40 @@ def from_hf(directory, device="cpu", dtype=torch.float32, tp=None, vocab_size=0)
             with safetensors.safe_open(file, "pt") as f:  # the library checks the header against the file's size
                 names = list(f.keys())
             for name in names:
-                if name == "lm_head.weight" and config.tie_word_embeddings or name.endswith("rotary_emb.inv_freq"):
-                    continue  # the embedding again, and what follows from rope_theta
-                p, grown = wanted.pop(name, None), name in ("lm_head.weight", "model.embed_tokens.weight")
-                whole = p is not None and [n * (tp.size() if tp and i == p.tp_dim else 1) for i, n in enumerate(p.shape)]
-                whole = [rows, *whole[1:]] if whole and grown else whole
-                with safetensors.safe_open(file, "pt") as f, torch.no_grad():  # closed each time: the map gives its pages back
-                    shape = f.get_slice(name).get_shape()
-                    if shape != whole:
-                        raise SystemExit(f"{file}: {name} {shape}: " + (f"{whole} expected" if whole else "no such weight, or twice"))
-                    w = f.get_tensor(name)
-                    if grown and rows < config.vocab_size:
-                        w = torch.cat((w, w.float().mean(0, keepdim=True).to(w.dtype).expand(config.vocab_size - rows, -1)))
-                    p.copy_(shard(w, p.tp_dim, tp))
+                with safetensors.safe_open(file, "pt") as f:  # closed each time: the map gives its pages back
+                    yield file, name, f.get_slice(name)
         except (safetensors.SafetensorError, OSError) as e:
             raise SystemExit(f"{file}: {e}: a whole safetensors file expected") from None
+
+
+def from_hf(directory, device="cpu", dtype=torch.float32, tp=None, vocab_size=0):
+    """A directory with config.json and .safetensors -> model (or this rank's part of it over tp), its weights in `dtype`.
+
+    At most one tensor is in memory besides the model. Every weight must be there, once, in the shape that the config implies.
+    vocab_size: that many tokens, where they are more than there; the new ones begin as the mean of all others.
+    """
+    directory, config = Path(directory), hf_config(Path(directory) / "config.json")
+    size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
+    if 0 < size < num_params(config):
+        raise SystemExit(f"{directory}: {size:,} bytes of weights: {num_params(config):,} parameters expected, says config.json")
+    rows, config.vocab_size = config.vocab_size, max(config.vocab_size, vocab_size)
+    model = empty_model(config, device, dtype, tp)
+    wanted = {n if n.startswith("lm_head") else f"model.{n}": p for n, p in model.named_parameters()}
+    for file, name, weight in hf_weights(directory):
+        if name == "lm_head.weight" and config.tie_word_embeddings or name.endswith("rotary_emb.inv_freq"):
+            continue  # the embedding again, and what follows from rope_theta
+        p, shape = wanted.pop(name, None), weight.get_shape()
+        whole = p is not None and [n * (tp.size() if tp and i == p.tp_dim else 1) for i, n in enumerate(p.shape)]
+        grown = whole and name in ("lm_head.weight", "model.embed_tokens.weight") and config.vocab_size - rows
+        if grown:
+            whole[0] = rows
+        if shape != whole:
+            raise SystemExit(f"{file}: {name} {shape}: " + (f"{whole} expected" if whole else "no such weight, or twice"))
+        with torch.no_grad():
+            w = weight[:]
+            if grown:
+                w = torch.cat((w, w.float().mean(0, keepdim=True).to(w.dtype).expand(grown, -1)))
+            p.copy_(shard(w, p.tp_dim, tp))
     if wanted:
         raise SystemExit(f"{directory}: {len(wanted)} weights are missing, {next(iter(wanted))} among them")
     return model
