@@ -4,7 +4,7 @@
     python model.py out/base --prompt="def main("     stream text from a checkpoint
     python model.py out/grpo --chat                   talk to it; echo "12+34=" | python model.py out/grpo --chat works too
     python model.py out/base --prompt_file=FILE --num_samples=4 --json         a line per prompt in, a line per sample out
-    python model.py out/grpo --export_hf=DIR          everything that transformers needs; a directory like that serves as DIR everywhere
+    python model.py out/grpo --export_hf=DIR          all that transformers needs; such a directory serves wherever a run does
     python model.py small --bench [--compile]         decoding speed on random weights, one JSON line
 
 SmolLM3 (playbook, "Architecture choices") is Llama with four changes, each one line or two below:
@@ -913,24 +913,48 @@ def to_hf(model, directory, tokenizer=None, style="", dtype=torch.bfloat16, shar
 
 def model_card(config, extra, name):
     """README.md of an exported model: what a reader of it wants to know, as far as the checkpoint and its directory tell."""
-    run, script = Path(extra["path"]).parent, dict(base="train", grpo="grpo", hf="none of ours").get(extra["stage"], "sft")
-    rows = [json.loads(line) for line in (run / "metrics.jsonl").open()] if (run / "metrics.jsonl").exists() else []
+    path, script = Path(extra["path"]), dict(base="train", grpo="grpo", hf="").get(extra["stage"], "sft")
+    log, settings = path.with_name("metrics.jsonl"), extra["train_config"]
+    rows = [json.loads(line) for line in log.open(encoding="utf-8")] if script and log.exists() else []
     last = next((row for row in reversed(rows) if row.get("final")), {})
-    found = {k: v for k, v in last.items() if k in ("loss", "val_loss")} | last.get("scores", {})
+    found = {k: last[k] for k in ("loss", "val_loss") if k in last} | last.get("scores", {})
     found |= {f"bits per byte, held-out {k}": v for k, v in last.get("val_bpb", {}).items()}
-    data = [str(v) for k in ("text", "jsonl", "hf", "data", "problems") if (v := extra["train_config"].get(k))]
-    trained = {k: v for k, v in extra["train_config"].items() if k not in Config.__dataclass_fields__ and v not in ("", False)}
-    lines = ["---", "library_name: transformers", "pipeline_tag: text-generation", "tags: [nanosmol]",
-             "license: other  # to be chosen by you, who publish this", "---", "", f"# {name}", "",
-             f"{num_params(config):,} parameters, trained with nanosmol: stage {extra['stage']}, {extra['step']:,} steps.", "",
-             "| shape | |", "|---|---|", *(f"| {k} | {v} |" for k, v in dataclasses.asdict(config).items()), "",
-             "## Data and training", "", ", ".join(data) or "What nanosmol has built in: documentation and sources of a Python "
-             "installation, generated sums.", "", f"`python {script}.py --config=config.json`, config.json of the run being", "", "```json",
-             json.dumps(trained, indent=1), "```", "", "## Metrics", "",
-             "Held out, at the end of that run:" if found else "None are on record.", "",
-             *(f"* {k}: {v:.4g}" for k, v in found.items() if isinstance(v, float | int)), "",
-             "## Licence, intended use, limits", "", "To be filled in by you, who publish this."]
-    return "\n".join(lines) + "\n"
+    data = ", ".join(str(settings[k]) for k in ("text", "jsonl", "hf", "data", "problems") if settings.get(k))
+    trained = {k: v for k, v in settings.items() if k not in Config.__dataclass_fields__ and v not in ("", False)}
+    shape = "\n".join(f"| {k} | {v} |" for k, v in dataclasses.asdict(config).items())
+    metrics = "\n".join(f"* {k}: {v:.4g}" for k, v in found.items() if v is not None) or "None are on record."
+    return f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [nanosmol]
+license: other  # to be chosen by you, who publish this
+---
+
+# {name}
+
+{num_params(config):,} parameters, trained with nanosmol: stage {extra["stage"]}, {extra["step"]:,} steps.
+
+| shape | |
+|---|---|
+{shape}
+
+## Data and training
+
+Data: {data or "what nanosmol has built in (a Python installation's documentation and sources, generated sums)"}.
+{f"Repeated by `python {script}.py --config=config.json`, config.json being" if script else "Not trained, but exported again:"}
+
+```json
+{json.dumps(trained, indent=1)}
+```
+
+## Metrics at the end of that run
+
+{metrics}
+
+## Licence, intended use, limits
+
+To be filled in by you, who publish this.
+"""
 
 
 # --- command line ----------------------------------------------------------------------------------------------------
@@ -1010,8 +1034,8 @@ def open_model(cfg, rt):
     that takes before it is taken."""
     from data import get_tokenizer  # a look to the right: text needs a tokenizer, and only this command needs text
     state = read_checkpoint(cfg.init, fold=False)
-    c, dtype, tokens = state["model_config"], rt.dtype, cfg.context if cfg.chat else cfg.batch * 2 * cfg.max_new_tokens
-    tokens = min(tokens, c.max_position_embeddings) if cfg.chat else tokens if cfg.prompt_file else 2 * cfg.max_new_tokens
+    c, dtype, rows = state["model_config"], rt.dtype, cfg.batch if cfg.prompt_file else cfg.num_samples
+    tokens = min(cfg.context, c.max_position_embeddings) if cfg.chat else 2 * rows * cfg.max_new_tokens  # half of it the prompt
     weights = num_params(c) * dtype.itemsize / rt.tp_size
     cache = kv_bytes_per_token(c, 4 if rt.device.type == "cpu" else dtype.itemsize) * tokens / rt.tp_size
     print(f"{num_params(c):,} parameters: {weights / 1e9:.3g} GB in {str(dtype)[6:]}, and {cache / 1e9:.3g} GB of cache for {tokens:,} "
@@ -1059,7 +1083,8 @@ def write(model, prompt, tokenizer, stop, cfg, limit, room, seed):
     return "".join(text), n, finished
 
 
-COMMANDS = "/think and /no_think switch, /system TEXT begins anew under that, /reset begins anew, /exit or Ctrl-D ends; Ctrl-C: enough"
+COMMANDS = ("/think and /no_think switch, /system TEXT begins anew under that, /reset begins anew, /exit or Ctrl-D ends; "
+            "Ctrl-C: enough")
 
 
 def chat(model, tokenizer, style, stop, cfg):
@@ -1089,7 +1114,8 @@ def chat(model, tokenizer, style, stop, cfg):
             continue
         if not line:
             continue
-        messages, turn, n = [*messages, dict(role="user", content=line)], turn + 1, sum(m["role"] == "system" for m in messages)
+        n = sum(m["role"] == "system" for m in messages)
+        messages, turn = [*messages, dict(role="user", content=line)], turn + 1
         while True:
             ids, _ = render([reasoned(m, mode) for m in messages], mode, style, add_generation_prompt=True, tokenizer=tokenizer)
             if len(ids) <= window - min(cfg.max_new_tokens, window // 4) or len(messages) <= n + 1:
@@ -1102,7 +1128,7 @@ def chat(model, tokenizer, style, stop, cfg):
         start = time.perf_counter()  # room for the whole window, always: a compiled step is for one size of the cache
         text, tokens, finished = write(model, ids, tokenizer, stop, cfg, cfg.max_new_tokens, window - len(ids), (cfg.seed, turn))
         messages.append(dict(role="assistant", content=text))
-        speed = f"[{tokens} tokens, {tokens / (time.perf_counter() - start):.0f} tok/s" + "]" * finished + ", cut off]" * (not finished)
+        speed = f"[{tokens} tokens, {tokens / (time.perf_counter() - start):.0f} tok/s{'' if finished else ', cut off'}]"
         print(f"\x1b[2m{speed}\x1b[0m\n" if keyboard else speed, file=sys.stderr)
 
 
@@ -1112,8 +1138,8 @@ def continuations(model, tokenizer, style, stop, prompts, cfg):
     for at in range(0, len(jobs), cfg.batch):
         some = jobs[at:at + cfg.batch]
         ids = [encode_prompt(prompts[i], tokenizer, style, cfg) for i, _ in some]
-        made = generate(model, ids, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, stop, [(cfg.seed, *job) for job in some],
-                        cfg.compile and "frozen")
+        made = generate(model, ids, cfg.max_new_tokens, cfg.temperature, cfg.top_k, cfg.top_p, stop,
+                        [(cfg.seed, *job) for job in some], cfg.compile and "frozen")
         for (i, _), (new, logps) in zip(some, made):
             finished = new[-1] in stop
             text = tokenizer.decode(new[:-1] if finished else new)
@@ -1140,7 +1166,8 @@ def main(cfg):
         print(f"wrote {cfg.export_hf}; try: transformers chat {cfg.export_hf}; README.md there waits for you")
         return {"export_hf": cfg.export_hf}
     for bad, message in ((cfg.mode not in ("think", "no_think"), f"--mode={cfg.mode}: think or no_think expected"),
-                         (cfg.style not in ("", "compact", "smollm3", "chatml"), f"--style={cfg.style}: compact, smollm3 or chatml expected"),
+                         (cfg.style not in ("", "compact", "smollm3", "chatml"),
+                          f"--style={cfg.style}: compact, smollm3 or chatml expected"),
                          (min(cfg.num_samples, cfg.batch, cfg.context, cfg.max_new_tokens) < 1,
                           "--num_samples, --batch, --context, --max_new_tokens: at least 1 expected")):
         if bad:

@@ -109,7 +109,7 @@ def test_the_model_card_tells_shape_data_command_and_metrics_and_leaves_the_lice
     export()
     card = Path("hf/README.md").read_text(encoding="utf-8")
     for part in ("library_name: transformers", "license: other", "| num_key_value_heads | 2 |", "stage sft, 7 steps", "chats.jsonl",
-                 "python sft.py --config=config.json", "* think accuracy: 0.875", "* loss: 1.5", "To be filled in by you"):
+                 "`python sft.py --config=config.json`", "* think accuracy: 0.875", "* loss: 1.5", "To be filled in by you"):
         assert part in card, part
 
 
