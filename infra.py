@@ -6,6 +6,7 @@
     python infra.py plan                     the default model on this machine: tokens/s and peak memory
     python infra.py plan smollm3-3b --tokens=11.2e12 --gpus=384 --gpu=h100       days, memory, layout, traffic, cost
     python infra.py plan smollm3-3b --tokens=11.2e12 --why                       should it be trained at all?
+    python infra.py plot out/base out/other --y=val_bpb.text --png=FILE          curves of runs; in the terminal without --png
 
     cli(Config, presets)    one dataclass -> `python X.py [preset] --key=value`, --help, --config=FILE.toml|json
     setup(cfg)              device, dtype, threads, process groups, seed
@@ -38,7 +39,7 @@ def _number(text, kind):
     return int(text) if kind is int and re.fullmatch(r"[+-]?\d[\d_]*", str(text)) else kind(value)
 
 
-def _convert(value, kind):
+def convert(value, kind):
     """A flag's text, or a TOML/JSON value, as the field's type. Raises ValueError with what was expected."""
     want = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
     try:
@@ -142,7 +143,7 @@ def cli(Config, presets={}, argv=None):
         for source, where in ((preset, "preset "), (files, f"{path}: "), (flags, "--")):
             for key, value in source.items():
                 try:
-                    result[key] = _convert(value, kinds[key])
+                    result[key] = convert(value, kinds[key])
                 except ValueError as e:
                     raise ValueError(f"{where}{key}: {e}") from None
         return Config(**result)
@@ -1343,9 +1344,85 @@ None is true, or you are not sure: don't train, fine-tune: {tuning / tokens:.2%}
     return dict(fine_tune_hours=tuning / speed / 3600, pretrain_hours=tokens / speed / 3600)
 
 
+# --- curves ----------------------------------------------------------------------------------------------------------
+
+@dataclasses.dataclass
+class Plot:
+    x: str = "step"                # step, tokens or seconds
+    y: str = "loss"                # what metrics.jsonl holds: loss, val_bpb.text, reward, completions/mean_length, ...; several: a,b
+    smooth: int = 1                # mean of so many rows
+    png: str = ""                  # write this picture (needs matplotlib); default: draw in the terminal
+    width: int = 76                # columns of that drawing
+
+
+def curve(directory, x, y, smooth=1):
+    """[(x, y)] from a run's metrics.jsonl; a dot in y leads into a nested value."""
+    path, points = Path(directory) / "metrics.jsonl", []
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    except (OSError, ValueError) as e:
+        raise SystemExit(f"{path}: {e}: the log of a run expected") from None
+    for row in rows:
+        value = row.get(y)
+        if value is None and "." in y:
+            outer, _, inner = y.partition(".")
+            value = (row.get(outer) or {}).get(inner)
+        if isinstance(value, int | float) and isinstance(row.get(x), int | float):
+            points.append((row[x], value))
+    if not points:
+        names = sorted({k for row in rows for k, v in row.items() if isinstance(v, int | float)}
+                       | {f"{k}.{inner}" for row in rows for k, v in row.items() if isinstance(v, dict) for inner in v})
+        raise SystemExit(f"{path}: no {y} over {x}: one of {', '.join(names)} expected")
+    means = [statistics.fmean(v for _, v in points[max(0, i + 1 - smooth):i + 1]) for i in range(len(points))]
+    return [(at, mean) for (at, _), mean in zip(points, means)]
+
+
+def draw(curves, width, height=16):
+    """{name: points} -> lines of text, a letter for each curve."""
+    xs, ys = zip(*(point for points in curves.values() for point in points))
+    (left, right), (low, high) = (min(xs), max(xs)), (min(ys), max(ys))
+    grid = [[" "] * width for _ in range(height)]
+    for letter, points in zip("abcdefghijklmnopqrstuvwxyz", curves.values()):
+        for at, value in points:
+            column = round((at - left) / ((right - left) or 1) * (width - 1))
+            grid[round((high - value) / ((high - low) or 1) * (height - 1))][column] = letter
+    margin = [f"{high:.4g}", *[""] * (height - 2), f"{low:.4g}"]
+    lines = [f"{label:>10} |{''.join(row)}" for label, row in zip(margin, grid)]
+    return [*lines, " " * 11 + "+" + "-" * width, f"{left:>12.6g}{right:>{width}.6g}",
+            *(f"{letter}: {name}, ends at {points[-1][1]:.4g}" for letter, (name, points) in zip("abcdefghijklmnopqrstuvwxyz", curves.items()))]
+
+
+def plot(directories, p):
+    """`python infra.py plot`: draw metrics of runs over each other -> {y: {directory: points}}."""
+    if not directories or p.smooth < 1 or p.width < 10:
+        raise SystemExit("plot: run directories expected, --smooth of 1 or more, --width of 10 or more")
+    found = {y: {d: curve(d, p.x, y, p.smooth) for d in directories} for y in p.y.split(",")}
+    for y, curves in found.items() if not p.png else ():
+        print("\n".join([f"{y} over {p.x}", *draw(curves, p.width), ""]))
+    if p.png:
+        try:
+            import matplotlib
+        except ImportError:
+            raise SystemExit(f"--png={p.png}: the package matplotlib is not installed: pip install matplotlib") from None
+        matplotlib.use("Agg")
+        from matplotlib import pyplot
+        figure, axes = pyplot.subplots(1, len(found), figsize=(5 * len(found), 3.6), squeeze=False, layout="constrained")
+        for axis, (y, curves) in zip(axes[0], found.items()):
+            for name, points in curves.items():
+                axis.plot(*zip(*points), label=name)
+            axis.set(xlabel=p.x, ylabel=y), axis.legend(frameon=False, fontsize=8), axis.spines[["top", "right"]].set_visible(False)
+        with atomic(p.png) as f:
+            figure.savefig(f, format="png", dpi=110)
+        print(f"wrote {p.png}")
+    return found
+
+
 if __name__ == "__main__":
     import model
-    if sys.argv[1:2] == ["plan"]:
+    if sys.argv[1:2] == ["plot"]:
+        words = sys.argv[2:]
+        plot([w for w in words if not w.startswith("--")], cli(Plot, {}, [w for w in words if w.startswith("--")]))
+    elif sys.argv[1:2] == ["plan"]:
         sys.argv[0] += " plan"
         plan(cli(plan_options(), {name: dict(shape, preset=name) for name, shape in model.PRESETS.items()}, sys.argv[2:]))
     else:

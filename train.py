@@ -6,16 +6,20 @@
     python train.py --resume                               after Ctrl-C, SIGTERM or a crash: the same run, bit for bit
     torchrun --nproc_per_node=4 train.py --tp=2            4 processes: 2 replicas (data-parallel), each a model in 2 halves
     python train.py smollm3-3b --bench --vocab_size=128256 throughput of a shape on this machine, one JSON line
+    python train.py --ablate="num_key_value_heads=4,1;optimizer=adamw" --seeds=3   one change at a time, with its noise
+    python train.py --sweep="lr=2e-3,4e-3,8e-3;batch_tokens=1024,2048"             all combinations, the best marked
 
 Read main() first: it is the whole story. A step is an optimizer step. Everything random is a function of (seed, sample
 index), so the only state of the data is one integer, and evaluating more often changes nothing.
 """
-import contextlib, dataclasses, gc, json, lzma, math, statistics, sys, time
+import contextlib, dataclasses, gc, io, itertools, json, lzma, math, statistics, sys, time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
+from typing import get_type_hints
 
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
@@ -47,6 +51,11 @@ class Config(nano.Config, Machine):
     decay: float = 0.4             # fraction of the steps that wsd spends decaying
     grad_clip: float = 1.0         # largest gradient norm
     z_loss: float = 1e-5           # weight of logsumexp squared
+    # experiments: many runs in sequence, each in a directory of its own under out (default: out/ablate, out/sweep)
+    ablate: str = ""               # "num_key_value_heads=4,1;optimizer=adamw": each change alone against the run without any
+    match: str = ""                # params: as many parameters as that run, as nearly as num_hidden_layers allows
+    sweep: str = ""                # "lr=2e-3,4e-3;batch_tokens=1024,2048;tokens=2e5,4e5": all combinations
+    seeds: int = 1                 # --ablate: runs of each, seed, seed + 1, ...
     # run
     bench: bool = False            # measure speed on random tokens, then stop
     init: str = ""                 # start from this checkpoint's weights and shape
@@ -262,7 +271,7 @@ def is_spike(loss, norm, norms):
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 NOT_THE_EXPERIMENT = {"resume", "overwrite", "wandb", "bench", "log_every", "eval_every", "save_every", "device", "compile",
-                      "tp", "probe"}
+                      "tp", "probe", "ablate", "sweep", "match", "seeds"}
 
 
 def check(cfg, rt):
@@ -534,7 +543,9 @@ def update(run, loss, norm, lr):
 
 
 def main(cfg):
-    """Train; returns the last evaluation and the totals."""
+    """Train; returns the last evaluation and the totals. With --ablate or --sweep: many times, and what came out."""
+    if cfg.ablate or cfg.sweep:
+        return ablate(cfg) if cfg.ablate else sweep(cfg)
     rt = infra.setup(cfg)
     check(cfg, rt)
     if cfg.bench:
@@ -614,6 +625,102 @@ def report(run, scores):
     for s, prompt, (ids, _) in zip(run.sources, prompts, written):
         print(f"\n--- {s.name}: a held-out beginning >>> what the model makes of it\n{decode(prompt)}>>>{decode(ids)}")
     print(f"\nwrote {run.out}; try: python model.py {run.out} --prompt='...'")
+
+
+# --- experiments -----------------------------------------------------------------------------------------------------
+
+T95 = (math.inf, 12.71, 4.30, 3.18, 2.78, 2.57, 2.45, 2.36, 2.31, 2.26)  # Student's t, 95 %, by degrees of freedom
+
+
+def values_of(flag, spec, more=()):
+    """"lr=1e-3,2e-3;qk_norm=true" -> {field: [values]}; `more`: names that are no fields, of whole numbers."""
+    kinds, result = get_type_hints(Config) | dict.fromkeys(more, int), {}
+    for name, _, values in (item.strip().partition("=") for item in spec.split(";")):
+        try:
+            if name not in kinds or not values:
+                raise ValueError("FIELD=VALUE,VALUE;FIELD=VALUE expected (fields: --help)")
+            result[name] = [infra.convert(v, kinds[name]) for v in values.split(",")]
+        except ValueError as e:
+            raise SystemExit(f"--{flag}={spec}: {name}: {e}") from None
+    return result
+
+
+def experiment(cfg, name):
+    """One run of many -> its last metrics, with tok_per_s (the median) and the model's config. A finished one is only read."""
+    cfg = dataclasses.replace(cfg, ablate="", sweep="", match="", seeds=1, out=f"{cfg.out}/{name}", resume=not cfg.overwrite)
+    log, recorded = Path(cfg.out) / "metrics.jsonl", Path(cfg.out) / "config.json"
+    read = lambda: [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
+    if recorded.exists() and cfg.resume and (other := other_settings(cfg, json.loads(recorded.read_text(encoding="utf-8")))):
+        raise SystemExit(f"{cfg.out}: another experiment (other {', '.join(other[:5])}): --overwrite or another --out expected")
+    if cfg.overwrite or not any(row.get("final") for row in read()):
+        print(f"{name} ...", flush=True)
+        with contextlib.redirect_stdout(io.StringIO()):
+            if "stopped" in main(cfg):
+                raise SystemExit(f"{cfg.out}: stopped; the same command goes on from there")
+    rows = read()
+    last, speeds = [row for row in rows if row.get("final")][-1], [row["tok_per_s"] for row in rows if "tok_per_s" in row]
+    shape = json.loads(recorded.read_text(encoding="utf-8"))
+    config = nano.Config(**{f.name: shape[f.name] for f in dataclasses.fields(nano.Config)})
+    bpb = last["val_bpb"] | dict(mean=statistics.fmean(last["val_bpb"].values()))
+    return SimpleNamespace(bpb=bpb, tok_per_s=statistics.median(speeds[1:] or speeds), config=config)
+
+
+def ablate(cfg):
+    """Playbook, "Ablation": one change at a time, the same rows in the same order, the same tokens, several seeds. A change whose
+    gap to the baseline could be the seeds' (paired by seed, 95 %) is a tie. -> {name: figures}, also in out/ablate.json."""
+    cfg = dataclasses.replace(cfg, out="out/ablate" if cfg.out == Config.out else cfg.out)
+    shape = lambda c: dataclasses.replace(nano.shape_of(c), vocab_size=c.vocab_size or data.get_tokenizer(c.tokenizer).vocab_size)
+    size, runs, result = nano.num_params(shape(cfg)), {"baseline": cfg}, {}
+    for field, values in values_of("ablate", cfg.ablate).items():
+        runs |= {f"{field}={v}": dataclasses.replace(cfg, **{field: v}) for v in values if v != getattr(cfg, field)}
+    for name, c in runs.items() if cfg.match == "params" else ():
+        deep = [dataclasses.replace(c, num_hidden_layers=n) for n in range(1, 4 * cfg.num_hidden_layers)]
+        runs[name] = min(deep, key=lambda d: abs(nano.num_params(shape(d)) - size))
+    found = {name: [] for name in runs}
+    for seed in range(cfg.seed, cfg.seed + cfg.seeds):
+        for name, c in runs.items():
+            found[name].append(experiment(dataclasses.replace(c, seed=seed), f"{name}-seed{seed}"))
+    sources = list(found["baseline"][0].bpb)
+    print(f"\nbits per byte, mean of {cfg.seeds} seeds\n{'':28}{'parameters':>12}{'KV B/token':>11}{'tok/s':>9}"
+          + "".join(f"{s:>9}" for s in sources) + "   gap to the baseline")
+    for name, each in found.items():
+        gaps = [a.bpb["mean"] - b.bpb["mean"] for a, b in zip(each, found["baseline"])]
+        noise = statistics.stdev(gaps) / math.sqrt(len(gaps)) * T95[min(len(gaps) - 1, 9)] if len(gaps) > 1 else math.nan
+        gap, c = statistics.fmean(gaps), each[0].config
+        verdict = "" if name == "baseline" else "one seed: unknown" if cfg.seeds == 1 else "tie" if abs(gap) <= noise else \
+            "better" if gap < 0 else "worse"
+        bpb = {s: statistics.fmean(x.bpb[s] for x in each) for s in sources}
+        result[name] = dict(params=nano.num_params(c), kv_bytes_per_token=nano.kv_bytes_per_token(c), layers=c.num_hidden_layers,
+                            tok_per_s=statistics.median(x.tok_per_s for x in each), bpb=bpb, gap=gap, noise=noise, verdict=verdict)
+        print(f"{name:28}{result[name]['params']:12,}{result[name]['kv_bytes_per_token']:11,}{result[name]['tok_per_s']:9,.0f}"
+              + "".join(f"{v:9.4f}" for v in bpb.values()) + f"   {gap:+.4f} ± {noise:.4f}  {verdict}" * (name != "baseline"))
+    infra.write_json(Path(cfg.out) / "ablate.json", infra.finite(result))
+    return result
+
+
+def sweep(cfg):
+    """All combinations of the values, at equal tokens, and the best of each budget; with several budgets a fit of the power law
+    best = a · FLOPs^b of learning rate and batch, as the playbook takes it from DeepSeek (arXiv 2401.02954)."""
+    cfg, grid = dataclasses.replace(cfg, out="out/sweep" if cfg.out == Config.out else cfg.out), values_of("sweep", cfg.sweep, ["tokens"])
+    budgets, table = grid.pop("tokens", [cfg.steps * cfg.batch_tokens]), []
+    for tokens, *values in itertools.product(budgets, *grid.values()):
+        change = dict(zip(grid, values))
+        c = dataclasses.replace(cfg, **change)
+        c = dataclasses.replace(c, steps=max(1, round(tokens / c.batch_tokens)))
+        x = experiment(c, f"{tokens}-" + ",".join(f"{k}={v}" for k, v in change.items()))
+        flops = tokens * nano.flops_per_token(x.config, x.config.max_position_embeddings)
+        table.append(dict(tokens=tokens, flops=flops, lr=c.lr, batch_tokens=c.batch_tokens) | change | dict(bpb=x.bpb["mean"]))
+    best = [min((row for row in table if row["tokens"] == t), key=lambda row: row["bpb"]) for t in budgets]
+    print("\n" + " ".join(f"{k:>14}" for k in table[0]))
+    for row in table:
+        print(" ".join(f"{v:>14.6g}" if isinstance(v, float | int) else f"{v:>14}" for v in row.values()) + "  <-- best" * (row in best))
+    fits = {}
+    for k in ("lr", "batch_tokens") if len(budgets) > 1 else ():
+        b, log_a = np.polyfit(np.log([row["flops"] for row in best]), np.log([row[k] for row in best]), 1)
+        fits[k] = math.exp(log_a), b
+        print(f"best {k} = {fits[k][0]:.4g} * FLOPs^{b:.3f}, from {len(budgets)} budgets" + " (two points: no test of it)" * (len(budgets) == 2))
+    infra.write_json(Path(cfg.out) / "sweep.json", dict(table=table, best=best, fits=fits))
+    return dict(table=table, best=best, fits=fits)
 
 
 def bench(cfg, rt, steps=12):

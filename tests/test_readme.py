@@ -34,6 +34,7 @@ def test_every_flag_in_the_readme_exists(name):
     module = __import__(name)
     fields = {f for c in (getattr(module, "Options", None), module.Config) if c for f in c.__dataclass_fields__}
     for line in re.findall(rf"^(?:python|torchrun [^#]*?) {name}\.py.*$", README, re.M):
-        known = infra.plan_options().__dataclass_fields__ if " plan" in line else fields
+        known = {" plan": infra.plan_options(), " plot": infra.Plot}.get(re.search(r" (?:plan|plot)\b|$", line)[0])
+        known = known.__dataclass_fields__ if known else fields
         for flag in re.findall(r"--([a-z_]+)", line.partition(".py")[2].split("#")[0]):
             assert flag in {*known, "config", "help"}, line

@@ -1,0 +1,132 @@
+"""Ablations, sweeps and curves: one change at a time, paired by seed, verdicts that know their noise, nothing run twice."""
+import json, math
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import infra, model as nano, train
+
+
+@pytest.fixture
+def cfg(tmp_path, monkeypatch):
+    """cfg(**changes): runs of a moment on a small text, in a directory of the test's own; nobody reads what they write."""
+    monkeypatch.chdir(tmp_path), monkeypatch.setattr(train, "report", lambda run, scores: None)
+    rng = np.random.default_rng(0)
+    Path("text.txt").write_text("".join(rng.choice(list("abcdefgh \n"), 20_000)))
+    small = dict(text="text.txt", hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
+                 max_position_embeddings=32, batch_tokens=64, steps=3, log_every=1, device="cpu", dtype="float32")
+    return lambda **change: train.Config(**small | change)
+
+
+def counted(monkeypatch, scores=None):
+    """Each training is noted with its settings; scores(cfg) replaces its bits per byte."""
+    done, original = [], train.main
+
+    def main(c):
+        if not (c.ablate or c.sweep):
+            done.append(c)
+        return original(c)
+    monkeypatch.setattr(train, "main", main)
+    if scores:
+        real = train.scored
+        monkeypatch.setattr(train, "scored", lambda run, found: real(run, found) | dict(val_bpb={"text": scores(run.cfg)}))
+    return done
+
+
+def test_each_change_is_run_alone_on_the_same_rows_with_every_seed(cfg, monkeypatch, capsys):
+    done = counted(monkeypatch)
+    result = train.main(cfg(ablate="num_key_value_heads=4,2,1;qk_norm=true", seeds=2))
+    assert list(result) == ["baseline", "num_key_value_heads=4", "num_key_value_heads=1", "qk_norm=True"] and len(done) == 8
+    assert {(c.num_key_value_heads, c.qk_norm) for c in done} == {(2, False), (4, False), (1, False), (2, True)}
+    assert [c.seed for c in done] == [0] * 4 + [1] * 4 and len({c.out for c in done}) == 8
+    for name, row in result.items():
+        kv = int(name[-1]) if "heads" in name else 2
+        shape = nano.Config(**dict(vocab_size=320, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4,
+                                   num_key_value_heads=kv, qk_norm="qk" in name))
+        assert row["params"] == nano.num_params(shape) and row["kv_bytes_per_token"] == 2 * 2 * kv * 4 * 2
+    last = [json.loads(Path("out/ablate", f"qk_norm=True-seed{s}", "metrics.jsonl").read_text().splitlines()[-1])["val_bpb"]["text"] for s in (0, 1)]
+    base = [json.loads(Path("out/ablate", f"baseline-seed{s}", "metrics.jsonl").read_text().splitlines()[-1])["val_bpb"]["text"] for s in (0, 1)]
+    gaps = np.subtract(last, base)
+    row = result["qk_norm=True"]
+    assert row["bpb"]["text"] == pytest.approx(np.mean(last)) and row["gap"] == pytest.approx(gaps.mean())
+    assert row["noise"] == pytest.approx(12.71 * gaps.std(ddof=1) / math.sqrt(2), rel=1e-6)
+    assert json.loads(Path("out/ablate/ablate.json").read_text())["qk_norm=True"]["gap"] == row["gap"]
+    assert "num_key_value_heads=1" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("gaps, verdict", [((0.1, 0.11, 0.09), "worse"), ((-0.1, -0.11, -0.09), "better"), ((0.1, -0.1, 0.05), "tie"),
+                                           ((0.1, 0.2, 0.3), "tie"), ((0.1,), "one seed: unknown")])
+def test_a_gap_within_the_noise_of_the_seeds_is_a_tie(cfg, monkeypatch, gaps, verdict):
+    counted(monkeypatch, lambda c: 2.0 + 0.3 * c.seed + (gaps[c.seed] if c.qk_norm else 0))
+    assert train.main(cfg(ablate="qk_norm=true", seeds=len(gaps)))["qk_norm=True"]["verdict"] == verdict
+
+
+def test_what_is_finished_is_not_run_again_and_what_stopped_goes_on(cfg, monkeypatch):
+    done = counted(monkeypatch)
+    first = train.main(cfg(ablate="qk_norm=true"))
+    path = Path("out/ablate/baseline-seed0/metrics.jsonl")
+    path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))         # as if it had been stopped
+    assert train.main(cfg(ablate="qk_norm=true;tie_word_embeddings=false"))["qk_norm=True"]["bpb"] == first["qk_norm=True"]["bpb"]
+    assert [Path(c.out).name for c in done] == ["baseline-seed0", "qk_norm=True-seed0", "baseline-seed0", "tie_word_embeddings=False-seed0"]
+    with pytest.raises(SystemExit, match="baseline-seed0: another experiment .other lr.: --overwrite or another --out expected"):
+        train.main(cfg(ablate="qk_norm=true", lr=1e-3))
+    train.main(cfg(ablate="qk_norm=true", lr=1e-3, overwrite=True))
+    assert len(done) == 6
+
+
+def test_depth_matches_the_parameters(cfg, monkeypatch):
+    result = train.main(cfg(ablate="intermediate_size=8", match="params", steps=1, num_hidden_layers=3))
+    sizes = {n: nano.num_params(nano.Config(**dict(vocab_size=320, hidden_size=16, intermediate_size=8, num_hidden_layers=n,
+                                                   num_attention_heads=4, num_key_value_heads=2))) for n in range(1, 12)}
+    base = result["baseline"]["params"]
+    assert result["intermediate_size=8"]["params"] == min(sizes.values(), key=lambda n: abs(n - base)) != sizes[3]
+
+
+def test_a_sweep_holds_the_tokens_marks_the_best_and_fits_a_power_law(cfg, monkeypatch, capsys):
+    best = {128: 1e-3, 256: 2e-3, 512: 4e-3}
+    done = counted(monkeypatch, lambda c: 1 + abs(math.log(c.lr / best[c.steps * c.batch_tokens])))
+    result = train.main(cfg(sweep="lr=1e-3,2e-3,4e-3;batch_tokens=64,128;tokens=128,256,512"))
+    assert len(done) == 18 and {c.steps * c.batch_tokens for c in done} == set(best)
+    assert [row["lr"] for row in result["best"]] == list(best.values()) and result["fits"]["lr"][1] == pytest.approx(1)
+    assert result["fits"]["batch_tokens"][1] == pytest.approx(0, abs=1e-9)
+    a, b = result["fits"]["lr"]
+    assert a * result["best"][0]["flops"] ** b == pytest.approx(1e-3) and capsys.readouterr().out.count("<-- best") == 3
+
+
+@pytest.mark.parametrize("spec, message", [("lr", "--ablate=lr: lr: FIELD=VALUE"), ("lr=fast", "lr: a number expected, not 'fast'"),
+                                           ("lrr=1", "lrr: FIELD=VALUE"), ("lr=1;", ": FIELD=VALUE")])
+def test_a_bad_list_of_changes_is_one_line(cfg, spec, message):
+    with pytest.raises(SystemExit, match=message):
+        train.main(cfg(ablate=spec))
+
+
+def log(name, rows):
+    Path(name).mkdir()
+    Path(name, "metrics.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+
+
+def test_curves_are_drawn_to_scale_smoothed_and_nested(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    log("one", [dict(step=s, loss=4.0 - s, seconds=2.0 * s, val_bpb={"text": 1.0 * s}) for s in range(4)])
+    log("two", [dict(step=s, loss=2.0) for s in range(4)] + [dict(step=9)])
+    found = infra.plot(["one", "two"], infra.Plot(width=13))
+    assert found["loss"]["one"] == [(0, 4.0), (1, 3.0), (2, 2.0), (3, 1.0)]
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[1] == f"{4:>10} |a            " and lines[16] == f"{1:>10} |            a" and lines[11].endswith("|b   b   b   b")
+    assert "a: one, ends at 1" in lines and "b: two, ends at 2" in lines
+    assert infra.curve("one", "seconds", "val_bpb.text", 2) == [(0.0, 0.0), (2.0, 0.5), (4.0, 1.5), (6.0, 2.5)]
+    for directory, y, message in (("none", "loss", "none/metrics.jsonl: .*the log of a run expected"),
+                                  ("one", "acc", "one/metrics.jsonl: no acc over step: one of loss, seconds, step, val_bpb.text expected")):
+        with pytest.raises(SystemExit, match=message):
+            infra.plot([directory], infra.Plot(y=y))
+    with pytest.raises(SystemExit, match="run directories expected"):
+        infra.plot([], infra.Plot())
+
+
+def test_a_picture_is_written_if_matplotlib_is_there(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="the package matplotlib is not installed: no picture to write")
+    monkeypatch.chdir(tmp_path)
+    log("one", [dict(step=s, loss=4.0 - s) for s in range(4)])
+    infra.plot(["one"], infra.Plot(png="x.png", y="loss"))
+    assert Path("x.png").read_bytes()[:4] == b"\x89PNG"
