@@ -1,10 +1,10 @@
 """The README's quick-start commands run as they stand, at a reduced number of steps."""
-import os, re, shlex, subprocess, sys
+import json, os, re, shlex, subprocess, sys
 from pathlib import Path
 
 import pytest
 
-import infra
+import data, infra
 
 ROOT = Path(__file__).resolve().parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -17,11 +17,13 @@ def quick_start():
 
 
 def test_quick_start_commands_run_in_an_empty_directory(tmp_path):
-    commands = quick_start()
+    commands, few = quick_start(), tmp_path / "few.jsonl"
+    few.write_text("".join(json.dumps(problem) + "\n" for problem in data.sum_problems(8)))
     assert [c[1] for c in commands][:1] == ["train.py"] and len(commands) >= 3
     for command in commands:
         short = ["--steps=12", "--log_every=4"] if command[1] in ("train.py", "sft.py", "grpo.py") else []
-        short += ["--pairs=sums"] if "--stage=apo" in command else []      # untrained, it would sample for minutes
+        short += [f"--tasks={few}"] if command[1] in ("sft.py", "grpo.py") else []     # 200 answers of an untrained model are long
+        short += ["--pairs=sums"] if "--stage=apo" in command else []                  # and so are 12,000
         run = subprocess.run([sys.executable, ROOT / command[1], *command[2:], *short], cwd=tmp_path, capture_output=True,
                              text=True, timeout=200, env=os.environ | {"OMP_NUM_THREADS": "2"})
         assert run.returncode == 0, f"{' '.join(command)}\n{run.stdout[-2000:]}\n{run.stderr[-2000:]}"
