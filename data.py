@@ -89,7 +89,6 @@ class Tokenizer:
     def decode(self, ids):
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
-
     def to_hf(self, directory, style="", length=0):
         """tokenizer.json, tokenizer_config.json and, unless style is empty, chat_template.jinja, for transformers' AutoTokenizer."""
         name = {i: s for s, i in reversed(self.special.items())}
@@ -136,17 +135,23 @@ LLAMA3 = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[
 PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]       # GPT-2 writes other bytes as characters from 256 on
 CHARS = {b: chr(b) for b in PRINTABLE} | {b: chr(256 + i) for i, b in enumerate(b for b in range(256) if b not in PRINTABLE)}
 BYTES = {c: b for b, c in CHARS.items()}
+# What Oniguruma (their tokenizers), Rust (tiktoken) and Python read differently in a regex; $ and ^ as Oniguruma means them;
+# a text to try a regex on.
+UNLIKE = re.compile(r"\\[^\W_DdPpSsnrtu]|\[\[:|--|~~|(?<!\\)\|\||\{,|\{[\d,]+\}[+?]|\(\?(?!i?:|=|!|>|<[=!]).")
+LINE_ENDS = {"$": r"(?![^\n])", "^": r"(?<![^\n])"}
+PROBE = "It's  1234567\r\n\n\t<é漢>e\u0301 😀."
 
 
 def bpe_tokenizer(splits, ranks, special, added={}, dead="", nfc=False, bos=None, name=""):
     """-> Tokenizer. splits: regexes, each cutting up the pieces of the one before; ranks: lines of a token in base64 and its id,
     in the order of merging; special: name -> id; added: the same for tokens that text may hold by name; dead: lines of tokens
-    that no text leads to; nfc: text is normalized first; name: by default a hash of all this."""
+    that no text leads to; nfc: all but `added` is normalized; bos: id; name: by default a hash of all this."""
     import regex, tiktoken
-    live, rest = ([(base64.b64decode(t), int(i)) for t, i in map(str.split, x.splitlines())] for x in (ranks, dead))
+    live, rest = tokens_of(ranks), tokens_of(dead)
     ids, pieces = np.array([i for _, i in live]), {i: token for token, i in live + rest} | {i: s.encode() for s, i in added.items()}
     bpe = tiktoken.Encoding(name, pat_str=splits[-1], mergeable_ranks={t: n for n, (t, _) in enumerate(live)}, special_tokens={})
-    cut = [regex.compile(pattern).findall for pattern in splits[:-1]]
+    cut = [regex.compile(pattern, regex.V1).finditer for pattern in splits]
+    need(all(m[0] for find in cut for m in find(PROBE)), f"splits {splits}", "no empty piece")
     by_name = re.compile("(" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")") if added else None
 
     def encode_array(text):
@@ -156,22 +161,28 @@ def bpe_tokenizer(splits, ranks, special, added={}, dead="", nfc=False, bos=None
                 found.append([added[part]])
                 continue
             parts = [unicodedata.normalize("NFC", part) if nfc else part]
-            for findall in cut:
-                parts = [piece for part in parts for piece in findall(part)]
+            for find in cut[:-1]:
+                parts = [m[0] for part in parts for m in find(part)]
             found += [ids[bpe.encode_to_numpy(part)] for part in parts]
         return np.concatenate(found) if found else ids[:0]
 
     size = max(*pieces, *special.values()) + 1
-    result = Tokenizer(name, encode_array, pieces, special, size, special.get(bos))
-    state = dict(splits=splits, ranks=ranks, special=dict(sorted(result.special.items())), added=added, dead=dead, nfc=nfc, bos=bos)
+    result = Tokenizer(name, encode_array, pieces, special, size, bos)
+    state = dict(splits=splits, ranks=ranks, special=dict(sorted(result.special.items())), added=dict(sorted(added.items())),
+                 dead=dead, nfc=nfc, bos=bos)
     result.name = name or "bpe-" + hashlib.sha256(json.dumps(state).encode()).hexdigest()[:12]
     result.state = state | dict(name=result.name)
     return result
 
 
 def lines_of(tokens):
-    """[(bytes, id)] -> text, the inverse of what bpe_tokenizer reads."""
+    """[(bytes, id)] -> lines of a token in base64 and its id."""
     return "".join(f"{base64.b64encode(token).decode()} {i}\n" for token, i in tokens)
+
+
+def tokens_of(lines):
+    """The inverse of lines_of, for str or bytes; ValueError if they are no such lines."""
+    return [(base64.b64decode(token, validate=True), int(i)) for token, i in (line.split() for line in lines.splitlines())]
 
 
 def wrap_tiktoken(encoding, name):
@@ -187,33 +198,34 @@ def read_tokenizer(path):
     if not files:
         raise ValueError(f"--tokenizer={path}: expected a tokenizer.json or a tokenizer.model in it")
     try:
-        raw, config = files[0].read_bytes(), files[0].with_name("tokenizer_config.json")
+        file = files[0].with_name("tokenizer_config.json")
+        eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token") if file.exists() else None
+        eos, file = eos["content"] if isinstance(eos, dict) else eos, files[0]
+        raw = file.read_bytes()
         spec = json_spec(json.loads(raw)) if raw.lstrip()[:1] == b"{" else rank_spec(raw)
-        eos = json.loads(config.read_text(encoding="utf-8")).get("eos_token") if config.exists() else None
-    except (OSError, LookupError, TypeError, AttributeError, ValueError, RecursionError) as error:
+        special = spec["special"]
+        if eos in special and eos != "<|im_end|>" and not {SPECIALS[0], *ALIASES[SPECIALS[0]]} & set(special):
+            special[SPECIALS[0]] = special.pop(eos)     # a name that we do not know: only the files say what ends a document
+        result, plain = bpe_tokenizer(**spec), get_tokenizer("bytes")
+    except Exception as error:      # broken files raise all kinds of it
         told = str(error) if ": expected" in str(error) else f"{type(error).__name__} {one_line(error)}: expected byte-level BPE"
-        raise ValueError(f"{files[0]}: {told}") from None
-    eos, special = eos.get("content") if isinstance(eos, dict) else eos, spec["special"]
-    if eos in special and eos != "<|im_end|>" and not {SPECIALS[0], *ALIASES[SPECIALS[0]]} & set(special):
-        special[SPECIALS[0]] = special.pop(eos)         # a name that we do not know: only the files say what ends a document
-    result, plain = bpe_tokenizer(**spec), get_tokenizer("bytes")
-    return plain if tokenizer_json(result) == tokenizer_json(plain) else result
+        raise ValueError(f"{file}: {told}") from None
+    return plain if result.size == plain.size and tokenizer_json(result) == tokenizer_json(plain) else result
 
 
 def rank_spec(raw):
     """Llama 3's tokenizer.model: lines of a token in base64 and its rank, which is its id. The special tokens follow."""
     try:
-        live = sorted(((base64.b64decode(t, validate=True), int(i)) for t, i in map(bytes.split, raw.splitlines())),
-                      key=lambda item: item[1])
+        live = sorted(tokens_of(raw), key=lambda item: item[1])
     except ValueError:
         raise ValueError("no lines of base64 and rank (a SentencePiece model?): expected a rank file as Llama 3's") from None
-    if [i for _, i in live] != list(range(len(live))) or not {bytes([b]) for b in range(256)} <= {t for t, _ in live}:
-        raise ValueError("ranks with gaps or bytes without a token: expected ranks from 0 on, the 256 bytes among them")
+    need([i for _, i in live] == list(range(len(live))) and len(dict(live)) == len(live) and
+         {t for t, _ in live[:256]} == {bytes([b]) for b in range(256)}, "ranks with gaps, a token twice or not every byte",
+         "ranks from 0 on, the 256 bytes first")
     reserved = [f"<|reserved_special_token_{i}|>" for i in range(251)]
     names = ["<|begin_of_text|>", "<|end_of_text|>", *reserved[:4], "<|start_header_id|>", "<|end_header_id|>", reserved[4],
              "<|eot_id|>", *reserved[5:]]
-    return dict(splits=[LLAMA3], ranks=lines_of(live), special={s: len(live) + i for i, s in enumerate(names)}, added={}, dead="",
-                nfc=False, bos=names[0])
+    return dict(splits=[LLAMA3], ranks=lines_of(live), special={s: len(live) + i for i, s in enumerate(names)}, bos=len(live))
 
 
 def need(condition, what, expected):
@@ -223,50 +235,65 @@ def need(condition, what, expected):
 
 def json_spec(j):
     """The content of a Hugging Face tokenizer.json -> arguments of bpe_tokenizer, or ValueError on what they cannot express."""
-    model, normalizer = j["model"], (j.get("normalizer") or {}).get("type")
+    model, normalizer = j["model"], j.get("normalizer") or dict(normalizers=[])
+    nfc = [n["type"] for n in normalizer.get("normalizers", [normalizer])]
     need(model.get("type", "BPE") == "BPE", f"model {model.get('type')}", "BPE")
     for name, value in dict(byte_fallback=False, dropout=None, continuing_subword_prefix=None, end_of_word_suffix=None).items():
         need(not model.get(name), f"{name}={model.get(name)}", f"{value}, as byte-level BPE has it")
-    need(normalizer in (None, "NFC"), f"normalizer {normalizer}", "none or NFC")
-    special, added = {}, {}
+    need(set(nfc) <= {"NFC"}, f"normalizer {', '.join(nfc)}", "none or NFC")
+    special, added, vocab, end = {}, {}, model["vocab"], len(model["vocab"])
     for t in j.get("added_tokens") or ():
+        i = vocab.get(t["content"], end)
+        need(t["id"] == i, f"added token {t['content']!r} with id {t['id']}", f"{i}: their library counts them")
+        end = max(end, i + 1)
         if t["special"] or t["content"] in SPECIALS:        # text never becomes one of these
             special[t["content"]] = t["id"]
         else:
             need(t["content"] and not (t["lstrip"] or t["rstrip"] or t["single_word"]), f"added token {t['content']!r}",
                  "lstrip, rstrip, single_word false")
+            need(not (nfc and t["normalized"]) or re.fullmatch(r"[^;K`\x80-\U0010ffff]*[ \t\r\n|]", t["content"]),
+                 f"added token {t['content']!r} with normalizer NFC", "normalized false")       # or what NFC never makes
             added[t["content"]] = t["id"]
-    splits, vocab = pieces_of(j.get("pre_tokenizer")), model["vocab"]
+    splits = pieces_of(j.get("pre_tokenizer") or dict(type="none"))
     need(set(CHARS.values()) <= set(vocab), "bytes without a token", "all 256 of them in the vocabulary")
     live, left = ordered(vocab, model["merges"], model.get("ignore_merges", False))
     taken = {*special, *added}
     dead = [(bytes(map(BYTES.get, t)), i) for t, i in left if t not in taken and set(t) <= set(BYTES)]
-    need(not (dead and model.get("ignore_merges")), f"{len(dead)} tokens that no merge makes, and ignore_merges", "merges for all")
+    if model.get("ignore_merges"):      # then a piece that is a token becomes it, though no merge leads there
+        known = dict(live + dead)
+        missing = [t for t, _ in dead if halves(t, known)]
+        need(not missing, f"ignore_merges, and no merge to {missing}"[:99], "every merge of two tokens to a third")
+        live, dead = live + dead, []
     post = j.get("post_processor") or {}
     starts = [p["single"][0] for p in post.get("processors", [post]) if p.get("type") == "TemplateProcessing"]
-    bos = next((x["SpecialToken"]["id"] for x in starts if "SpecialToken" in x), None)
-    return dict(splits=splits, ranks=lines_of(live), special=special, added=added, dead=lines_of(dead), nfc=bool(normalizer),
+    bos = next((special.get(x["SpecialToken"]["id"]) for x in starts if "SpecialToken" in x), None)
+    return dict(splits=splits, ranks=lines_of(live), special=special, added=added, dead=lines_of(dead), nfc=bool(nfc),
                 bos=bos)
 
 
 def pieces_of(pre):
     """A tokenizer.json's pre_tokenizer -> the regexes `splits`. What a regex does not match is a piece too, if theirs keeps it."""
     steps, splits = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre], []
-    need(steps and steps[-1]["type"] == "ByteLevel", "pre_tokenizer without ByteLevel at its end", "byte-level BPE")
+    keep = "{0}|(?:(?!{0})[\\s\\S])+".format
     for step in steps:
-        kind, pattern, keep = step["type"], None, True
-        if kind == "ByteLevel":
+        kind = step["type"]
+        if kind == "ByteLevel" and step is steps[-1]:
             need(not step["add_prefix_space"], "add_prefix_space=true", "false")
-            pattern = GPT2 if step.get("use_regex", True) else None
+            splits += [GPT2] if step.get("use_regex", True) else []
         elif kind == "Digits":
-            pattern = r"\p{N}" if step["individual_digits"] else r"\p{N}+"
+            splits.append(keep(r"\p{N}" if step["individual_digits"] else r"\p{N}+"))
         elif kind == "Split":
-            how = step["behavior"], step["invert"]
-            need(how in (("Isolated", False), ("Removed", True)), f"Split {how[0]}, invert={how[1]}", "Isolated, or Removed inverted")
-            pattern, keep = step["pattern"].get("Regex") or re.escape(step["pattern"]["String"]), how[0] == "Isolated"
+            how, pattern = (step["behavior"], step["invert"]), step["pattern"]
+            need(how in (("Isolated", False), ("Removed", True)), f"Split {how[0]}, invert={how[1]}",
+                 "Isolated, or Removed inverted")
+            pattern = pattern["Regex"] if "Regex" in pattern else re.escape(pattern["String"])
+            unlike = UNLIKE.search(pattern)
+            need(not unlike, f"{unlike and unlike[0]} in the regex of a Split", "what all engines read alike")
+            pattern = re.sub(r"\\.|\[(?:\\.|[^\]\\])*\]|[$^]", lambda m: LINE_ENDS.get(m[0], m[0]), pattern)
+            splits.append(keep(pattern) if how[0] == "Isolated" else pattern)
         else:
-            need(False, f"pre_tokenizer {kind}", "ByteLevel, Digits, Split")
-        splits += [pattern if pattern == GPT2 or not keep else f"{pattern}|(?:(?!{pattern})[\\s\\S])+"] if pattern else []
+            need(False, f"pre_tokenizer {kind}", "Digits and Split, and ByteLevel at the end")
+    need(steps and kind == "ByteLevel", "pre_tokenizer without ByteLevel", "it at the end")
     return splits or [r"[\s\S]+"]
 
 
@@ -288,18 +315,19 @@ def halves(token, ranks):
 
 def ordered(vocab, merges, ignore_merges):
     """-> [(bytes, id)] in the order of merging, and [(characters, id)] of the tokens that no merge makes."""
-    pairs, ranks, last = {}, {bytes([b]): b for b in range(256)}, -1
+    pairs, last = {}, -1
+    ranks = {bytes([b]): n for n, b in enumerate(sorted(CHARS, key=lambda b: vocab[CHARS[b]]))}
     for n, merge in enumerate(merges):
         pair = tuple(bytes(map(BYTES.__getitem__, x)) for x in (merge.split(" ") if isinstance(merge, str) else merge))
         need(len(pair) == 2 and all(pair), f"merge {n}, {merge!r}", "two tokens")
         ranks.setdefault(pair[0] + pair[1], 256 + n)
         pairs.setdefault(pair[0] + pair[1], {})[pair] = n
     for token, listed in pairs.items():
-        n = listed.get(merged(token, ranks))
-        if n is None and ignore_merges and set(halves(token, ranks)) == set(listed):        # made whole, or by any pair
-            n = min(listed.values())
-        need(n is not None and n > last, f"token {token!r}", "merges in order, and one that its bytes arrive at")
-        last = n
+        first = end = listed.get(merged(token, ranks))
+        if first is None and ignore_merges and set(halves(token, ranks)) <= set(listed):    # made whole, or by any pair
+            first, end = min(listed.values()), max(listed.values())
+        need(first is not None and first > last, f"token {token!r}", "merges in order, and one that its bytes arrive at")
+        last = end
     names = {token: "".join(CHARS[b] for b in token) for token in ranks}
     made = set(names.values())
     return [(token, vocab[name]) for token, name in names.items()], [(t, i) for t, i in vocab.items() if t not in made]
@@ -308,8 +336,8 @@ def ordered(vocab, merges, ignore_merges):
 def tokenizer_json(tokenizer):
     """The content of a tokenizer.json with which Hugging Face's tokenizers gives the same ids."""
     spec = tokenizer.state if tokenizer.name != "bytes" else dict(
-        splits=[r"[\s\S]+"], ranks=lines_of((bytes([b]), b) for b in range(256)), added={}, dead="", nfc=False, bos=None)
-    live, dead = ([(base64.b64decode(t), int(i)) for t, i in map(str.split, spec[x].splitlines())] for x in ("ranks", "dead"))
+        splits=[r"[\s\S]+"], ranks=lines_of((bytes([b]), b) for b in range(256)), added={}, dead="", nfc=False)
+    live, dead = tokens_of(spec["ranks"]), tokens_of(spec["dead"])
     ranks, merges, whole = {t: n for n, (t, _) in enumerate(live)}, [], False
     for token in (t for t, _ in live if len(t) > 1):
         parts = merged(token, ranks)
@@ -321,18 +349,19 @@ def tokenizer_json(tokenizer):
     special = lambda s: s not in spec["added"] and s not in SPECIALS[4:]        # those would vanish with skip_special_tokens
     split = lambda p: dict(type="Split", pattern=dict(Regex=re.sub(r"(\{\d,\d\})\+", r"\1", p)), behavior="Removed", invert=True)
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
-    start = [dict(SpecialToken=dict(id=spec["bos"], type_id=0))] if spec["bos"] else []
+    bos = {by_id[i]: dict(id=by_id[i], ids=[i], tokens=[by_id[i]]) for i in [tokenizer.bos] if i is not None}
+    a, b = dict(Sequence=dict(id="A", type_id=0)), dict(Sequence=dict(id="B", type_id=1))
     return json.dumps(dict(
         version="1.0", truncation=None, padding=None,
         added_tokens=[dict(id=i, content=s, special=special(s), **plain) for i, s in sorted(by_id.items())],
         normalizer=dict(type="NFC") if spec["nfc"] else None,
         pre_tokenizer=dict(type="Sequence", pretokenizers=[*map(split, spec["splits"]), level]),
-        post_processor=dict(type="TemplateProcessing", single=[*start, dict(Sequence=dict(id="A", type_id=0))],
-                            pair=[dict(Sequence=dict(id="A", type_id=0)), dict(Sequence=dict(id="B", type_id=1))],
-                            special_tokens={s: dict(id=s, ids=[tokenizer.special[s]], tokens=[s]) for s in [spec["bos"]] if s}),
+        post_processor=dict(type="TemplateProcessing", single=[*(dict(SpecialToken=dict(id=s, type_id=0)) for s in bos), a],
+                            pair=[a, b], special_tokens=bos),
         decoder=level, model=dict(type="BPE", dropout=None, unk_token=None, continuing_subword_prefix=None, end_of_word_suffix=None,
                                   fuse_unk=False, byte_fallback=False, ignore_merges=whole,
-                                  vocab={text(t): i for t, i in live + dead}, merges=[[text(a), text(b)] for a, b in merges])),
+                                  vocab={text(t): i for t, i in live + dead} | {s: i for i, s in by_id.items()},
+                                  merges=[[text(a), text(b)] for a, b in merges])),
         ensure_ascii=False)
 
 
