@@ -46,6 +46,7 @@ class Config:
     original_max_position_embeddings: int = 0  # YaRN: the row length that it was trained on; 0: row length / rope_factor
     no_rope_layer_interval: int = 4        # every n-th layer has no RoPE (NoPE); 0: RoPE everywhere
     sliding_window: int = 0                # RoPE layers see only that many tokens, NoPE layers all; 0: off
+    attention_chunk: int = 0               # RoPE layers see only their own chunk of so many positions (Llama 4); 0: off
     rms_norm_eps: float = 1e-6             # inside the square root of RMSNorm
     tie_word_embeddings: bool = True       # the head is the embedding matrix
     qk_norm: bool = False                  # RMSNorm on queries and keys, a remedy for growing attention logits
@@ -57,7 +58,7 @@ class Config:
                      "max_position_embeddings"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 expected")
-        for name in ("vocab_size", "head_dim", "sliding_window", "no_rope_layer_interval", "rms_norm_eps",
+        for name in ("vocab_size", "head_dim", "sliding_window", "attention_chunk", "no_rope_layer_interval", "rms_norm_eps",
                      "initializer_range", "original_max_position_embeddings"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: 0 or more expected")
@@ -258,12 +259,17 @@ def attend_by_hand(q, k, v, bias):
     return torch.cat(parts, dim=2).to(q.dtype)
 
 
-def visible(T, device, doc_ids=None, window=0):
-    """Who may look at whom: bool (B or 1, T, T): not the future, not other documents, not beyond the window."""
+def visible(T, device, doc_ids=None, window=0, chunk=0):
+    """Who may look at whom: bool (B or 1, T, T): not the future, not other documents, not beyond the window or the chunk. A
+    document's first chunk begins with it, so that a packed document is what it is alone."""
     i = torch.arange(T, device=device)
     keep = i[:, None] >= i
     if window:
         keep = keep & (i[:, None] - i < window)
+    if chunk:
+        first = 0 if doc_ids is None else (i * F.pad(doc_ids.diff(dim=1) != 0, (1, 0))).cummax(dim=1).values  # (B, T)
+        part = (i - first) // chunk
+        keep = keep & (part[..., :, None] == part[..., None, :])
     return keep[None] if doc_ids is None else keep & (doc_ids[:, :, None] == doc_ids[:, None, :])
 
 
@@ -390,11 +396,11 @@ class Transformer(nn.Module):
 
     def masks(self, x, doc_ids):
         """(mask of RoPE layers, mask of NoPE layers), made once for all layers in the form `attend` runs fastest here."""
-        T, window = x.shape[1], self.config.sliding_window
+        T, window, chunk = x.shape[1], self.config.sliding_window, self.config.attention_chunk
         by_hand = x.device.type == "cpu" and torch.is_grad_enabled() and T <= 1024  # beyond, T x T scores fill the RAM
-        if not by_hand and doc_ids is None and not 0 < window < T:
+        if not by_hand and doc_ids is None and not 0 < window < T and not 0 < chunk < T:
             return None, None
-        masks = visible(T, x.device, doc_ids, window)[:, None], visible(T, x.device, doc_ids)[:, None]
+        masks = visible(T, x.device, doc_ids, window, chunk)[:, None], visible(T, x.device, doc_ids)[:, None]
         return tuple(as_bias(m, x.dtype) for m in masks) if by_hand else masks
 
     def own_logits(self, x):
@@ -445,9 +451,14 @@ class Transformer(nn.Module):
         who sees which of the first S places.
         """
         x, rope, near = self.embed_tokens(ids, self.compute_dtype), self.rope(positions), mask
-        if self.config.sliding_window:
+        window, chunk = self.config.sliding_window, self.config.attention_chunk
+        if window or chunk:
             place = torch.arange(mask.shape[-1], device=ids.device)
-            near = mask & (at[:, None] - place < self.config.sliding_window)
+        if window:
+            near = mask & (at[:, None] - place < window)
+        if chunk:  # counted from each row's first token, before which there is padding, in chunks of its own
+            part = (place - (at - positions)[:, -1:]) // chunk  # (B, S)
+            near = near & (part[:, at, None] == part[:, None])[:, None]
         if ids.device.type == "cpu" and ids.shape[1] <= 1024:
             near, mask = as_bias(near, cache[0][0].dtype), as_bias(mask, cache[0][0].dtype)
         for layer, (keys, values) in zip(self.layers, cache):
@@ -725,6 +736,7 @@ HF_ONLY = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, attentio
 HF_IRRELEVANT = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "dtype", "torch_dtype",
                  "transformers_version", "_name_or_path", "sliding_window", "max_window_layers", "pretraining_tp",
                  "is_llama_config", "transformers.js_config"}  # of no consequence for logits, given the values above
+HF_LACKS = ("qk_norm", "sliding_window", "attention_chunk")  # of our own: transformers' SmolLM3 and Llama have no such thing
 
 
 def hf_config(path):
@@ -741,7 +753,7 @@ def hf_config(path):
     c |= hf_rope(c, refuse)
     layers, types = c.pop("no_rope_layers", None), set(c.pop("layer_types", None) or ["full_attention"])
     c["no_rope_layer_interval"] = 0 if layers and all(layers) else c["no_rope_layer_interval"]  # 1: this layer has RoPE
-    fields = set(Config.__dataclass_fields__) - {"qk_norm", "sliding_window"}
+    fields = set(Config.__dataclass_fields__) - set(HF_LACKS)
     for name, value in c.items():
         if name in HF_ONLY and value != HF_ONLY[name]:
             refuse(name, value, json.dumps(HF_ONLY[name]))
@@ -864,9 +876,9 @@ def to_hf(model, directory, tokenizer=None, style="", dtype=torch.bfloat16, shar
     of up to shard_bytes; style: of the chat template, none if empty; card: the text of README.md. SmolLM3ForCausalLM, or
     LlamaForCausalLM where all layers have RoPE. Without tensor parallelism."""
     safetensors, directory, c = _safetensors(), Path(directory), model.config
-    if c.qk_norm or c.sliding_window or model.tp is not None:
-        raise SystemExit(f"qk_norm={c.qk_norm}, sliding_window={c.sliding_window}, tp={model.tp is not None}: "
-                         f"none of them expected: transformers' SmolLM3 and Llama have no such thing")
+    if any(getattr(c, name) for name in HF_LACKS) or model.tp is not None:
+        raise SystemExit("".join(f"{name}={getattr(c, name)}, " for name in HF_LACKS) + f"tp={model.tp is not None}: none of them "
+                         f"expected: transformers' SmolLM3 and Llama have no such thing")
     kind, theirs = ("smollm3", "SmolLM3ForCausalLM") if c.no_rope_layer_interval else ("llama", "LlamaForCausalLM")
     if tokenizer and tokenizer.size > c.vocab_size:
         raise SystemExit(f"vocab_size={c.vocab_size}: the {tokenizer.size} of tokenizer {tokenizer.name}, or more, expected")
@@ -877,7 +889,7 @@ def to_hf(model, directory, tokenizer=None, style="", dtype=torch.bfloat16, shar
     rope, ours = dict(rope_type="default", rope_theta=c.rope_theta), dataclasses.asdict(c)
     if c.rope_factor > 1:
         rope |= dict(rope_type="yarn", factor=c.rope_factor, original_max_position_embeddings=c.original_max_position_embeddings)
-    config = {k: v for k, v in ours.items() if k not in ("qk_norm", "sliding_window", "no_rope_layer_interval", "rope_factor",
+    config = {k: v for k, v in ours.items() if k not in (*HF_LACKS, "no_rope_layer_interval", "rope_factor",
                                                          "original_max_position_embeddings")}
     config |= dict(architectures=[theirs], model_type=kind, head_dim=c.head_size, dtype=str(dtype)[6:], torch_dtype=str(dtype)[6:],
                    rope_parameters=rope, **ids, **{k: HF_ONLY[k] for k in ("hidden_act", "attention_bias", "mlp_bias", "attention_dropout")})
