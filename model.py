@@ -50,6 +50,8 @@ class Config:
     rms_norm_eps: float = 1e-6             # inside the square root of RMSNorm
     tie_word_embeddings: bool = True       # the head is the embedding matrix
     qk_norm: bool = False                  # RMSNorm on queries and keys, a remedy for growing attention logits
+    kv_lora_rank: int = 0                  # MLA: of a token the cache holds so many numbers for all heads together; 0: off
+    qk_rope_head_dim: int = 0              # MLA: dimensions of queries and keys beside head_dim, for RoPE; 0: head_dim / 2
     initializer_range: float = 0.02        # std of all matrices at the start
 
     def __post_init__(self):
@@ -59,7 +61,7 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 expected")
         for name in ("vocab_size", "head_dim", "sliding_window", "attention_chunk", "no_rope_layer_interval", "rms_norm_eps",
-                     "initializer_range", "original_max_position_embeddings"):
+                     "initializer_range", "original_max_position_embeddings", "kv_lora_rank", "qk_rope_head_dim"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: 0 or more expected")
         if self.rope_theta <= 1 or self.rope_factor < 1:
@@ -68,12 +70,21 @@ class Config:
             raise ValueError(f"num_key_value_heads={KV}: a divisor of num_attention_heads={H} expected")
         if not self.head_dim and self.hidden_size % H:
             raise ValueError(f"hidden_size={self.hidden_size}: a multiple of num_attention_heads={H} or a head_dim expected")
-        if self.head_size % 2:
-            raise ValueError(f"head_dim={self.head_size}: an even number expected: RoPE rotates pairs")
+        if self.rope_size % 2:
+            name = "qk_rope_head_dim" if self.kv_lora_rank else "head_dim"
+            raise ValueError(f"{name}={self.rope_size}: an even number expected: RoPE rotates pairs")
+        if self.kv_lora_rank and self.qk_norm or self.qk_rope_head_dim and not self.kv_lora_rank:
+            raise ValueError(f"kv_lora_rank={self.kv_lora_rank}, qk_rope_head_dim={self.qk_rope_head_dim}, qk_norm={self.qk_norm}: "
+                             f"the second with the first expected, the third without: MLA norms its latent")
 
     @property
     def head_size(self):
         return self.head_dim or self.hidden_size // self.num_attention_heads
+
+    @property
+    def rope_size(self):
+        """Dimensions of a head that RoPE rotates."""
+        return (self.qk_rope_head_dim or self.head_size // 2) if self.kv_lora_rank else self.head_size
 
     def uses_rope(self, layer):
         """Layers are counted from 0; with interval 4 the NoPE layers are 3, 7, 11, ..."""
@@ -226,7 +237,8 @@ def yarn(inverse, c):
 
 
 def attend(q, k, v, mask):
-    """softmax(q kᵀ / √D) v. q (B, H, T, D); k, v (B, KV, S, D), the queries being the last T of S places. `mask`:
+    """softmax(q kᵀ / √D) v. q (B, H, T, D); k, v (B, KV, S, D; v's may be another), the queries being the last T of S places.
+    `mask`:
 
     None: plain causal. Bool (B or 1, 1, T, S), True = visible: torch's SDPA. Float, 0 or -inf: `attend_by_hand`.
     """
@@ -248,14 +260,14 @@ def attend_by_hand(q, k, v, bias):
     """
     B, H, T, D = q.shape
     KV, S, size, parts = k.shape[1], k.shape[2], -(-T // 2), []
-    k, v, queries = k.reshape(B * KV, S, D), v.reshape(B * KV, S, D), (q * D**-0.5).to(k.dtype)
+    k, v, queries = k.reshape(B * KV, S, D), v.reshape(B * KV, S, -1), (q * D**-0.5).to(k.dtype)
     queries = queries.reshape(B * KV, H // KV, T, D)
     for i in range(0, T, size):
         j = min(i + size, T)
         seen = S - T + j
         rows = queries[:, :, i:j].reshape(B * KV, -1, D)  # (B KV, H/KV (j - i), D)
         scores = torch.bmm(rows, k[:, :seen].transpose(1, 2)).view(B, H, j - i, seen) + bias[:, :, i:j, :seen]
-        parts.append(torch.bmm(scores.softmax(dim=-1).view(B * KV, -1, seen), v[:, :seen]).view(B, H, j - i, D))
+        parts.append(torch.bmm(scores.softmax(dim=-1).view(B * KV, -1, seen), v[:, :seen]).view(B, H, j - i, -1))
     return torch.cat(parts, dim=2).to(q.dtype)
 
 
@@ -313,6 +325,46 @@ class Attention(nn.Module):
         return tp_sum(self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), self.tp)
 
 
+class LatentAttention(nn.Module):
+    """MLA (DeepSeek-V2, arXiv 2405.04434), its queries not compressed. A token's keys and values in all heads are made from one
+    vector, the latent c (r numbers), by matrices: k = K c, v = V c. Only c is cached, for q · K c = (Kᵀ q) · c: when decoding, the
+    heads look at the latents themselves, as in MQA. A rotation between q and K would forbid that, so RoPE has R dimensions of its
+    own, whose key all heads share; layers without RoPE do not rotate them."""
+
+    def __init__(self, config, layer, tp):
+        super().__init__()
+        d, H, D, r, R = config.hidden_size, config.num_attention_heads, config.head_size, config.kv_lora_rank, config.rope_size
+        self.sizes, self.use_rope, self.tp = (D, r, R), config.uses_rope(layer), tp
+        self.q_proj = Linear(d, H * (D + R), tp, 0)
+        self.kv_a_proj_with_mqa = Linear(d, r + R, tp, None)  # every rank makes the whole latent
+        self.kv_a_layernorm = RMSNorm(r, config.rms_norm_eps)
+        self.kv_b_proj = matrix(H * 2 * D, r, tp, 0)  # K and V of each head
+        self.o_proj = Linear(H * D, d, tp, 1)
+
+    def forward(self, x, rope, masks, cache=None):
+        """x (B, T, d). cache: (latents and RoPE keys (B, 1, capacity, r + R), the places (T,) that this call fills)."""
+        (B, T, _), (D, r, R), up = x.shape, self.sizes, self.kv_b_proj.to(x.dtype)
+        q, q_rope = self.q_proj(tp_copy(x, self.tp)).view(B, T, -1, D + R).transpose(1, 2).split((D, R), dim=-1)  # (B, H, T, ..)
+        latent, k_rope = self.kv_a_proj_with_mqa(x)[:, None].split((r, R), dim=-1)  # (B, 1, T, r), (B, 1, T, R)
+        mask = masks[0] if self.use_rope else masks[1]
+        if self.use_rope:
+            rope = [angles.transpose(-2, -3) for angles in rope]
+            q_rope, k_rope = rotate(q_rope, *rope), rotate(k_rope, *rope)
+        latent = tp_copy(torch.cat((self.kv_a_layernorm(latent), k_rope), dim=-1), self.tp)
+        if cache is None:
+            k, v = F.linear(latent[:, 0, :, :r], up).view(B, T, -1, 2 * D).transpose(1, 2).split(D, dim=-1)  # (B, H, T, D)
+            k = torch.cat((k, latent[..., r:].expand(-1, k.shape[1], -1, -1)), dim=-1)
+            y = attend(torch.cat((q, q_rope), dim=-1), k, v, mask)
+        else:
+            latents, at = cache
+            latents[:, :, at] = latent.to(latents.dtype)
+            seen, up = latents[:, :, : mask.shape[-1]], up.view(-1, 2, D, r)
+            q = torch.cat((torch.einsum("bhtd,hdr->bhtr", q, up[:, 0]), q_rope), dim=-1)
+            y = attend(q * ((r + R) / (D + R)) ** 0.5, seen, seen[..., :r], mask)  # attend divides by √(r + R): undone
+            y = torch.einsum("bhtr,hdr->bhtd", y, up[:, 1])
+        return tp_sum(self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), self.tp)
+
+
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202)."""
 
@@ -334,7 +386,7 @@ class Block(nn.Module):
     def __init__(self, config, layer, tp):
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, layer, tp)
+        self.self_attn = (LatentAttention if config.kv_lora_rank else Attention)(config, layer, tp)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp = MLP(config, tp)
 
@@ -386,7 +438,7 @@ class Transformer(nn.Module):
 
     def rope(self, positions):
         """positions (T,) or (B, T) -> cos, sin (.., 1, D). Angles need float32: bf16 cannot tell 60,000 from 60,001."""
-        c, half = self.config, self.config.head_size // 2
+        c, half = self.config, self.config.rope_size // 2
         inverse, scale = c.rope_theta ** (-torch.arange(half, device=positions.device, dtype=torch.float32) / half), 1.0
         if c.rope_factor > 1:
             inverse, scale = yarn(inverse, c)
@@ -447,8 +499,8 @@ class Transformer(nn.Module):
     def step(self, ids, cache, at, positions, mask):
         """Next-token logits (B, V) after ids (B, T), whose keys and values are stored at places `at` (T,).
 
-        cache: per layer (keys, values), each (B, KV, capacity, D); positions (B, T) for RoPE; mask bool (B or 1, 1, T, S):
-        who sees which of the first S places.
+        cache: per layer what `cache_shapes` says, each (B, heads, capacity, size); positions (B, T) for RoPE; mask bool
+        (B or 1, 1, T, S): who sees which of the first S places.
         """
         x, rope, near = self.embed_tokens(ids, self.compute_dtype), self.rope(positions), mask
         window, chunk = self.config.sliding_window, self.config.attention_chunk
@@ -461,36 +513,49 @@ class Transformer(nn.Module):
             near = near & (part[:, at, None] == part[:, None])[:, None]
         if ids.device.type == "cpu" and ids.shape[1] <= 1024:
             near, mask = as_bias(near, cache[0][0].dtype), as_bias(mask, cache[0][0].dtype)
-        for layer, (keys, values) in zip(self.layers, cache):
-            x = layer(x, rope, (near, mask), (keys, values, at))
+        for layer, stored in zip(self.layers, cache):
+            x = layer(x, rope, (near, mask), (*stored, at))
         return self.logits(x[:, -1])
 
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
 
+def matrices(c):
+    """(inputs, outputs) of each matrix in a block."""
+    d, q, kv, r = c.hidden_size, c.num_attention_heads * c.head_size, c.num_key_value_heads * c.head_size, c.kv_lora_rank
+    attention = [(d, q), (d, kv), (d, kv), (q, d)]
+    if r:
+        attention = [(d, q + c.num_attention_heads * c.rope_size), (d, r + c.rope_size), (r, 2 * q), (q, d)]
+    return attention + 3 * [(d, c.intermediate_size)]
+
+
 def num_params(c):
     """Parameters, tied matrices once."""
-    q, kv = c.num_attention_heads * c.head_size, c.num_key_value_heads * c.head_size
-    layer = 2 * c.hidden_size * (q + kv) + 3 * c.hidden_size * c.intermediate_size + 2 * c.hidden_size
-    layer += 2 * c.head_size * c.qk_norm
+    layer = sum(i * o for i, o in matrices(c)) + 2 * c.hidden_size + 2 * c.head_size * c.qk_norm + c.kv_lora_rank
     return c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2) + c.num_hidden_layers * layer + c.hidden_size
 
 
 def flops_per_token(c, seq_len):
-    """Training FLOPs per token: 6 per matmul parameter, plus attention 12·L·H·D·T (PaLM, appendix B: causality ignored)."""
+    """Training FLOPs per token: 6 per matmul parameter, plus attention 12·L·H·D·T (PaLM, appendix B: causality ignored;
+    MLA's keys are longer)."""
     looked_up = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size  # an untied embedding multiplies nothing
-    return 6 * (num_params(c) - looked_up) + 12 * c.num_hidden_layers * c.num_attention_heads * c.head_size * seq_len
+    size = 2 * c.head_size + (c.rope_size if c.kv_lora_rank else 0)  # of a key and a value
+    return 6 * (num_params(c) - looked_up) + 6 * c.num_hidden_layers * c.num_attention_heads * size * seq_len
 
 
-def kv_bytes_per_token(c, bytes_per_element=2):
-    """Playbook, "Attention": 2 (keys and values) · L · KV · D elements."""
-    return 2 * c.num_hidden_layers * c.num_key_value_heads * c.head_size * bytes_per_element
+def cache_shapes(c, tp=1):
+    """(heads, size) of each tensor that a layer of one of `tp` ranks caches: keys and values, or the latents, RoPE keys behind."""
+    return [(1, c.kv_lora_rank + c.rope_size)] if c.kv_lora_rank else [(c.num_key_value_heads // tp, c.head_size)] * 2
+
+
+def kv_bytes_per_token(c, bytes_per_element=2, tp=1):
+    """Of one of `tp` ranks. Playbook, "Attention": 2 (keys and values) · L · KV · D elements; MLA: L · (latent + RoPE key)."""
+    return c.num_hidden_layers * sum(heads * size for heads, size in cache_shapes(c, tp)) * bytes_per_element
 
 
 def lora_params(c, rank):
     """Of adapters beside all matrices of the blocks, each rank · (inputs + outputs)."""
-    d, q, kv, ffn = c.hidden_size, c.num_attention_heads * c.head_size, c.num_key_value_heads * c.head_size, c.intermediate_size
-    return c.num_hidden_layers * rank * (2 * (d + q) + 2 * (d + kv) + 3 * (d + ffn))
+    return c.num_hidden_layers * rank * sum(i + o for i, o in matrices(c))
 
 
 def training_bytes(c, tokens, tp=1, lora_rank=0):
@@ -499,7 +564,10 @@ def training_bytes(c, tokens, tp=1, lora_rank=0):
     recomputed (counted as Korthikanti et al., arXiv 2205.05198, do for GPT). logits: 16 B each, as measured. lora_rank: adapters
     alone have states; the model is frozen, in bf16."""
     q, kv = c.num_attention_heads * c.head_size, c.num_key_value_heads * c.head_size
-    block = 2 * (4 * c.hidden_size + (2 * q + 2 * kv + 4 * c.intermediate_size) / tp)
+    attention = (2 * q + 2 * kv) / tp
+    if c.kv_lora_rank:
+        attention = 2 * (c.kv_lora_rank + c.rope_size) + (5 * q + 2 * c.num_attention_heads * c.rope_size) / tp
+    block = 2 * (4 * c.hidden_size + attention + 4 * c.intermediate_size / tp)
     states = 2 * num_params(c) + 18 * lora_params(c, lora_rank) if lora_rank else 18 * num_params(c)
     return dict(states=states / tp, activations=c.num_hidden_layers * block * tokens,
                 logits=16 * c.vocab_size / tp * tokens)
@@ -567,8 +635,8 @@ def stream(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0, 
     # on a CPU a frozen step is a sixth faster with a float32 cache (32 rows), a compiled policy with half the bytes (64 rows)
     wide = device.type == "cpu" and compile is not True
     capacity, dtype = longest + max_new_tokens, torch.float32 if wide else model.compute_dtype
-    shape = (len(numbers), c.num_key_value_heads // (model.tp.size() if model.tp else 1), longest, c.head_size)
-    cache = [[torch.zeros(shape, dtype=dtype, device=device) for _ in "kv"] for _ in model.layers]
+    shapes = [(len(numbers), heads, longest, size) for heads, size in cache_shapes(c, model.tp.size() if model.tp else 1)]
+    cache = [[torch.zeros(shape, dtype=dtype, device=device) for shape in shapes] for _ in model.layers]
     place = torch.arange(capacity, device=device)
     positions, real = (place - pad[:, None]).clamp(min=0), (place >= pad[:, None])[:, None, None]  # (P, 1, 1, capacity)
     mask = visible(longest, device, real[:, 0, 0, :longest].long())[:, None]  # the prompts, all at once
@@ -736,7 +804,8 @@ HF_ONLY = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, attentio
 HF_IRRELEVANT = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "dtype", "torch_dtype",
                  "transformers_version", "_name_or_path", "sliding_window", "max_window_layers", "pretraining_tp",
                  "is_llama_config", "transformers.js_config"}  # of no consequence for logits, given the values above
-HF_LACKS = ("qk_norm", "sliding_window", "attention_chunk")  # of our own: transformers' SmolLM3 and Llama have no such thing
+HF_LACKS = ("qk_norm", "sliding_window", "attention_chunk", "kv_lora_rank")  # what transformers' SmolLM3 and Llama lack
+HF_DETAILS = ("qk_rope_head_dim",)  # settings of those
 
 
 def hf_config(path):
@@ -753,7 +822,7 @@ def hf_config(path):
     c |= hf_rope(c, refuse)
     layers, types = c.pop("no_rope_layers", None), set(c.pop("layer_types", None) or ["full_attention"])
     c["no_rope_layer_interval"] = 0 if layers and all(layers) else c["no_rope_layer_interval"]  # 1: this layer has RoPE
-    fields = set(Config.__dataclass_fields__) - set(HF_LACKS)
+    fields = set(Config.__dataclass_fields__) - {*HF_LACKS, *HF_DETAILS}
     for name, value in c.items():
         if name in HF_ONLY and value != HF_ONLY[name]:
             refuse(name, value, json.dumps(HF_ONLY[name]))
@@ -889,7 +958,7 @@ def to_hf(model, directory, tokenizer=None, style="", dtype=torch.bfloat16, shar
     rope, ours = dict(rope_type="default", rope_theta=c.rope_theta), dataclasses.asdict(c)
     if c.rope_factor > 1:
         rope |= dict(rope_type="yarn", factor=c.rope_factor, original_max_position_embeddings=c.original_max_position_embeddings)
-    config = {k: v for k, v in ours.items() if k not in (*HF_LACKS, "no_rope_layer_interval", "rope_factor",
+    config = {k: v for k, v in ours.items() if k not in (*HF_LACKS, *HF_DETAILS, "no_rope_layer_interval", "rope_factor",
                                                          "original_max_position_embeddings")}
     config |= dict(architectures=[theirs], model_type=kind, head_dim=c.head_size, dtype=str(dtype)[6:], torch_dtype=str(dtype)[6:],
                    rope_parameters=rope, **ids, **{k: HF_ONLY[k] for k in ("hidden_act", "attention_bias", "mlp_bias", "attention_dropout")})
@@ -1049,7 +1118,7 @@ def open_model(cfg, rt):
     c, dtype, rows = state["model_config"], rt.dtype, cfg.batch if cfg.prompt_file else cfg.num_samples
     tokens = min(cfg.context, c.max_position_embeddings) if cfg.chat else 2 * rows * cfg.max_new_tokens  # half of it the prompt
     weights = num_params(c) * dtype.itemsize / rt.tp_size
-    cache = kv_bytes_per_token(c, 4 if rt.device.type == "cpu" else dtype.itemsize) * tokens / rt.tp_size
+    cache = kv_bytes_per_token(c, 4 if rt.device.type == "cpu" else dtype.itemsize, rt.tp_size) * tokens
     print(f"{num_params(c):,} parameters: {weights / 1e9:.3g} GB in {str(dtype)[6:]}, and {cache / 1e9:.3g} GB of cache for {tokens:,} "
           f"tokens | {rt.name}", file=sys.stderr)
     if rt.device.type == "cuda" and weights + cache > (free := torch.cuda.mem_get_info()[0]):

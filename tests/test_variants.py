@@ -9,7 +9,8 @@ from processes import run
 
 SHAPE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
              max_position_embeddings=32, rope_theta=100.0, no_rope_layer_interval=2, initializer_range=0.3)      # wide: nothing is nearly uniform
-KINDS = {"chunk": dict(attention_chunk=5), "chunk of 1": dict(attention_chunk=1), "chunk, window": dict(attention_chunk=6, sliding_window=4)}
+KINDS = {"MLA": dict(kv_lora_rank=12, qk_rope_head_dim=6), "MLA, chunk": dict(kv_lora_rank=16, attention_chunk=5, sliding_window=4),
+         "chunk": dict(attention_chunk=5), "chunk of 1": dict(attention_chunk=1), "chunk, window": dict(attention_chunk=6, sliding_window=4)}
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [2, 7, 1, 8], [60, 61, 62], [5] * 13]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
@@ -170,9 +171,76 @@ def test_with_rope_everywhere_chunks_are_documents_of_their_own_and_nope_layers_
         assert (logits_of(m, ids, None, grad) != logits_of(m, other, None, grad)).any(-1).all()
 
 
+# --- multi-head latent attention -------------------------------------------------------------------------------------
+
+MLA = dict(kv_lora_rank=12, qk_rope_head_dim=6, no_rope_layer_interval=0)
+
+
+def deepseek(**change):
+    """A random model of transformers: DeepSeek-V3 with RoPE in halves, without compressed queries; and our model with its weights."""
+    transformers = pytest.importorskip("transformers", reason="the package transformers is not installed: no second opinion on MLA and MoE")
+    m, c = build(**MLA | change), nano.Config(**SHAPE | MLA | change)
+    rope = dict(rope_type="default", rope_theta=c.rope_theta)
+    if c.rope_factor > 1:
+        rope |= dict(rope_type="yarn", factor=c.rope_factor, original_max_position_embeddings=c.original_max_position_embeddings)
+    shape = {k: getattr(c, k) for k in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                                        "max_position_embeddings", "kv_lora_rank", "qk_rope_head_dim", "tie_word_embeddings")}
+    hf = transformers.DeepseekV3ForCausalLM(transformers.DeepseekV3Config(
+        **shape, q_lora_rank=None, qk_nope_head_dim=c.head_size, v_head_dim=c.head_size, num_key_value_heads=None, rope_interleave=False,
+        first_k_dense_replace=c.num_hidden_layers, rope_parameters=rope, eos_token_id=None, num_mtp_layers=0)).float().eval()
+    weights = {k if k.startswith("lm_head") else f"model.{k}": v for k, v in m.state_dict().items()}
+    weights = {f"{k}.weight" if k.endswith("kv_b_proj") else k: v for k, v in weights.items()}
+    hf.load_state_dict(weights | {"lm_head.weight": weights.get("lm_head.weight", m.embed_tokens.weight)})
+    return m, hf
+
+
+@pytest.mark.parametrize("change", [{}, dict(tie_word_embeddings=False, head_dim=10), dict(
+    rope_factor=2.0, original_max_position_embeddings=16, max_position_embeddings=32, head_dim=16, qk_rope_head_dim=8)])
+def test_latent_attention_is_deepseeks(change):
+    m, hf = deepseek(**change)
+    ids = tokens(2, 20)
+    for grad in (False, True):
+        with torch.no_grad():
+            assert (hf(ids).logits - logits_of(m, ids, None, grad)).abs().max() < 1e-4
+    theirs = hf.generate(ids[:, :6], max_new_tokens=12, do_sample=False, pad_token_id=0)[:, 6:]
+    assert theirs.tolist() == [new for new, _ in nano.generate(m, ids[:, :6].tolist(), 12, temperature=0)]
+
+
+@pytest.mark.parametrize("grad", [False, True])
+def test_without_rotation_position_does_not_matter_to_latent_attention(grad):
+    ids, order = tokens(1, 9), [3, 6, 0, 5, 7, 1, 4, 2, 8]  # all but the last, whose logits we compare
+    for interval in (0, 1):
+        m = build(kv_lora_rank=12, num_hidden_layers=1, no_rope_layer_interval=interval)
+        gap = (logits_of(m, ids, None, grad)[0, -1] - logits_of(m, ids[:, order], None, grad)[0, -1]).abs().max()
+        assert gap < 1e-5 if interval else gap > 0.01
+
+
+def test_both_kinds_of_masks_and_long_prompts_read_the_latents_alike():
+    m = build(**MLA, num_hidden_layers=2)
+    ids, docs = tokens(1, 1100), (torch.arange(1100) >= 1090).long()[None]
+    a, b = logits_of(m, ids, docs, True), logits_of(m, ids, docs, False)  # no T x T scores where rows are that long
+    assert (a - b).abs().max() < 1e-3
+    (new, logps), = nano.generate(m, ids.tolist(), 2, temperature=0)
+    last = logits_of(m, ids)[0, -1]
+    assert new[0] == int(last.argmax()) and logps[0] == pytest.approx(float(last.log_softmax(-1).max()), abs=1e-3)
+
+
+def test_the_playbooks_latent_cache_is_4_and_a_half_head_dims_a_layer_and_whole_on_every_rank():
+    of = lambda tp=1, **kw: nano.kv_bytes_per_token(nano.Config(**kw), 1, tp)
+    assert of(head_dim=128, kv_lora_rank=512, num_hidden_layers=3, num_attention_heads=16) == 4.5 * 128 * 3
+    assert of(head_dim=128, kv_lora_rank=512, qk_rope_head_dim=64, num_hidden_layers=60, num_attention_heads=128) == 60 * 576  # DeepSeek-V2
+    assert of(2, kv_lora_rank=32) == of(kv_lora_rank=32) and of(2) * 2 == of()
+    c = nano.Config(kv_lora_rank=32, qk_rope_head_dim=8)  # 4 heads of 32: scores over 40 numbers, values of 32
+    assert nano.flops_per_token(c, 100) - nano.flops_per_token(c, 0) == 3 * 2 * 4 * 4 * (40 + 32) * 100
+
+
 # --- what cannot be --------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("change, message", [(dict(attention_chunk=-1), "attention_chunk=-1: 0 or more expected")])
+@pytest.mark.parametrize("change, message", [
+    *((dict([(name, -1)]), f"{name}=-1: 0 or more expected") for name in ("attention_chunk", "kv_lora_rank", "qk_rope_head_dim")),
+    (dict(kv_lora_rank=8, qk_norm=True), "kv_lora_rank=8, .*qk_norm=True"), (dict(qk_rope_head_dim=4), "kv_lora_rank=0, qk_rope_head_dim=4"),
+    (dict(kv_lora_rank=8, qk_rope_head_dim=5), "qk_rope_head_dim=5: an even number"),
+    (dict(kv_lora_rank=8, head_dim=6), "qk_rope_head_dim=3: an even number")])
 def test_impossible_shapes_are_refused_by_name(change, message):
     with pytest.raises(ValueError, match=message):
         nano.Config(**change)
