@@ -585,7 +585,7 @@ def bench(cfg, rt, steps=7):
         seconds.append((time.perf_counter() - start, metrics["rollout_seconds"], batch.whole[1]))
     seconds = sorted(seconds[2:])  # the first ones warm up or compile
     whole, sampling, tokens = seconds[len(seconds) // 2]
-    flops = 2 * nano.num_params(model.config) + nano.flops_per_token(model.config, 144)
+    flops = 2 * nano.num_params(model.config, active=True) + nano.flops_per_token(model.config, 144)
     result = dict(bench="grpo", tok_per_s=round(tokens / whole),
                   spread=[round(n / s) for s, _, n in (seconds[-1], seconds[0])],
                   seconds_per_step=round(whole, 4), rollout_seconds=round(sampling, 4), new_tokens=tokens,

@@ -1182,7 +1182,8 @@ def plan_options():
 
 def divides(tp, c):
     """Can `tp` ranks share this model? (model.Transformer asks the same.)"""
-    return not any(n % tp for n in (c.num_key_value_heads, c.intermediate_size, c.vocab_size))
+    sizes = [c.num_key_value_heads, c.intermediate_size, c.vocab_size] + [c.expert_size] * (c.num_experts > 0)
+    return not any(n % tp for n in sizes)
 
 
 def gpu_memory(c, tp, micro_batch, lora_rank=0):
@@ -1217,7 +1218,8 @@ def plan(p):
     import model
     c = model.Config(**{f.name: getattr(p, f.name) for f in dataclasses.fields(model.Config)})
     N, T, each = model.num_params(c), c.max_position_embeddings, model.flops_per_token(c, c.max_position_embeddings)
-    tokens, each = p.tokens or 20 * N, each - 2 * N * (p.lora_rank > 0)  # frozen weights have no gradient
+    active = model.num_params(c, active=True)  # of experts those that a token meets: what costs time
+    tokens, each = p.tokens or 20 * N, each - 2 * active * (p.lora_rank > 0)  # frozen weights have no gradient
     print(f"{p.preset}: {N:,} parameters, {each / 1e9:.4g} GFLOP per token ({4 if p.lora_rank else 6}N + 12LHDT, rows of {T:,}), "
           f"{each * tokens:.3g} FLOP for {tokens:.4g} tokens\n")
     if not p.gpu and not p.why:
@@ -1233,7 +1235,7 @@ def plan(p):
     speed = p.tok_per_s or p.mfu * peak / each
     if p.why:
         return dict(params=N, tokens=tokens) | compass(p, N, tokens, speed)
-    return dict(params=N, tokens=tokens) | plan_time(p, N, each, tokens, speed, peak) | plan_layout(p, c, speed, sheet)
+    return dict(params=N, tokens=tokens) | plan_time(p, active, each, tokens, speed, peak) | plan_layout(p, c, speed, sheet)
 
 
 def plan_time(p, N, each, tokens, speed, peak):

@@ -12,6 +12,7 @@ SmolLM3 (playbook, "Architecture choices") is Llama with four changes, each one 
   NoPE   every 4th layer has no positional encoding (no_rope_layer_interval): helps long context, costs nothing at short
   docs   attention never crosses documents that share a row (doc_ids): neutral at 4k tokens, pays at 64k
   ties   one matrix is both embedding and head (tie_word_embeddings): 17 % of a 1B model saved at equal loss
+Off by default, each a field of Config: sliding window, chunks, QK-norm, latent attention (MLA), experts (MoE).
 Names are Hugging Face's, so that exporting is renaming. Shapes in comments: B rows, T tokens, S cached tokens,
 H query heads, KV key/value heads, D head_dim, V vocabulary.
 """
@@ -52,6 +53,11 @@ class Config:
     qk_norm: bool = False                  # RMSNorm on queries and keys, a remedy for growing attention logits
     kv_lora_rank: int = 0                  # MLA: of a token the cache holds so many numbers for all heads together; 0: off
     qk_rope_head_dim: int = 0              # MLA: dimensions of queries and keys beside head_dim, for RoPE; 0: head_dim / 2
+    num_experts: int = 0                   # MoE: many small MLPs, of which a router picks a few for each token; 0: one MLP
+    num_experts_per_tok: int = 2           # MoE: so many
+    moe_intermediate_size: int = 0         # MoE: width of an expert; 0: intermediate_size / (experts that a token meets)
+    num_shared_experts: int = 0            # MoE: experts that all tokens meet besides
+    router_aux_loss_coef: float = 0.01     # MoE: weight of the loss that spreads tokens over the experts
     initializer_range: float = 0.02        # std of all matrices at the start
 
     def __post_init__(self):
@@ -61,7 +67,8 @@ class Config:
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)}: at least 1 expected")
         for name in ("vocab_size", "head_dim", "sliding_window", "attention_chunk", "no_rope_layer_interval", "rms_norm_eps",
-                     "initializer_range", "original_max_position_embeddings", "kv_lora_rank", "qk_rope_head_dim"):
+                     "initializer_range", "original_max_position_embeddings", "kv_lora_rank", "qk_rope_head_dim",
+                     "num_experts", "moe_intermediate_size", "num_shared_experts", "router_aux_loss_coef"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)}: 0 or more expected")
         if self.rope_theta <= 1 or self.rope_factor < 1:
@@ -74,8 +81,11 @@ class Config:
             name = "qk_rope_head_dim" if self.kv_lora_rank else "head_dim"
             raise ValueError(f"{name}={self.rope_size}: an even number expected: RoPE rotates pairs")
         if self.kv_lora_rank and self.qk_norm or self.qk_rope_head_dim and not self.kv_lora_rank:
-            raise ValueError(f"kv_lora_rank={self.kv_lora_rank}, qk_rope_head_dim={self.qk_rope_head_dim}, qk_norm={self.qk_norm}: "
-                             f"the second with the first expected, the third without: MLA norms its latent")
+            raise ValueError(f"kv_lora_rank={self.kv_lora_rank}, qk_rope_head_dim={self.qk_rope_head_dim}, "
+                             f"qk_norm={self.qk_norm}: the second expected only with the first, the third only without")
+        if self.num_experts and not (1 <= self.num_experts_per_tok <= self.num_experts and self.expert_size):
+            raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok}: 1 to num_experts={self.num_experts} expected, "
+                             f"which intermediate_size={self.intermediate_size} is enough for, or a moe_intermediate_size")
 
     @property
     def head_size(self):
@@ -85,6 +95,11 @@ class Config:
     def rope_size(self):
         """Dimensions of a head that RoPE rotates."""
         return (self.qk_rope_head_dim or self.head_size // 2) if self.kv_lora_rank else self.head_size
+
+    @property
+    def expert_size(self):
+        """Width of an expert: unless it is given, a token's experts are together as wide as the one MLP that they replace."""
+        return self.moe_intermediate_size or self.intermediate_size // (self.num_experts_per_tok + self.num_shared_experts)
 
     def uses_rope(self, layer):
         """Layers are counted from 0; with interval 4 the NoPE layers are 3, 7, 11, ..."""
@@ -237,8 +252,7 @@ def yarn(inverse, c):
 
 
 def attend(q, k, v, mask):
-    """softmax(q kᵀ / √D) v. q (B, H, T, D); k, v (B, KV, S, D; v's may be another), the queries being the last T of S places.
-    `mask`:
+    """softmax(q kᵀ / √D) v. q (B, H, T, D); k, v (B, KV, S, D), the queries being the last T of S places. `mask`:
 
     None: plain causal. Bool (B or 1, 1, T, S), True = visible: torch's SDPA. Float, 0 or -inf: `attend_by_hand`.
     """
@@ -260,14 +274,14 @@ def attend_by_hand(q, k, v, bias):
     """
     B, H, T, D = q.shape
     KV, S, size, parts = k.shape[1], k.shape[2], -(-T // 2), []
-    k, v, queries = k.reshape(B * KV, S, D), v.reshape(B * KV, S, -1), (q * D**-0.5).to(k.dtype)
+    k, v, queries = k.reshape(B * KV, S, D), v.reshape(B * KV, S, D), (q * D**-0.5).to(k.dtype)
     queries = queries.reshape(B * KV, H // KV, T, D)
     for i in range(0, T, size):
         j = min(i + size, T)
         seen = S - T + j
         rows = queries[:, :, i:j].reshape(B * KV, -1, D)  # (B KV, H/KV (j - i), D)
         scores = torch.bmm(rows, k[:, :seen].transpose(1, 2)).view(B, H, j - i, seen) + bias[:, :, i:j, :seen]
-        parts.append(torch.bmm(scores.softmax(dim=-1).view(B * KV, -1, seen), v[:, :seen]).view(B, H, j - i, -1))
+        parts.append(torch.bmm(scores.softmax(dim=-1).view(B * KV, -1, seen), v[:, :seen]).view(B, H, j - i, D))
     return torch.cat(parts, dim=2).to(q.dtype)
 
 
@@ -327,9 +341,9 @@ class Attention(nn.Module):
 
 class LatentAttention(nn.Module):
     """MLA (DeepSeek-V2, arXiv 2405.04434), its queries not compressed. A token's keys and values in all heads are made from one
-    vector, the latent c (r numbers), by matrices: k = K c, v = V c. Only c is cached, for q · K c = (Kᵀ q) · c: when decoding, the
-    heads look at the latents themselves, as in MQA. A rotation between q and K would forbid that, so RoPE has R dimensions of its
-    own, whose key all heads share; layers without RoPE do not rotate them."""
+    vector, the latent c (r numbers), by matrices: k = K c, v = V c. Only c is cached, for q · K c = (Kᵀ q) · c: when decoding,
+    the heads look at the latents themselves, as in MQA. A rotation between q and K would forbid that, so RoPE has R dimensions
+    of its own, whose key all heads share; layers without RoPE do not rotate them."""
 
     def __init__(self, config, layer, tp):
         super().__init__()
@@ -344,7 +358,7 @@ class LatentAttention(nn.Module):
     def forward(self, x, rope, masks, cache=None):
         """x (B, T, d). cache: (latents and RoPE keys (B, 1, capacity, r + R), the places (T,) that this call fills)."""
         (B, T, _), (D, r, R), up = x.shape, self.sizes, self.kv_b_proj.to(x.dtype)
-        q, q_rope = self.q_proj(tp_copy(x, self.tp)).view(B, T, -1, D + R).transpose(1, 2).split((D, R), dim=-1)  # (B, H, T, ..)
+        q, q_rope = self.q_proj(tp_copy(x, self.tp)).view(B, T, -1, D + R).transpose(1, 2).split((D, R), dim=-1)  # (B, H, T, ·)
         latent, k_rope = self.kv_a_proj_with_mqa(x)[:, None].split((r, R), dim=-1)  # (B, 1, T, r), (B, 1, T, R)
         mask = masks[0] if self.use_rope else masks[1]
         if self.use_rope:
@@ -354,13 +368,13 @@ class LatentAttention(nn.Module):
         if cache is None:
             k, v = F.linear(latent[:, 0, :, :r], up).view(B, T, -1, 2 * D).transpose(1, 2).split(D, dim=-1)  # (B, H, T, D)
             k = torch.cat((k, latent[..., r:].expand(-1, k.shape[1], -1, -1)), dim=-1)
-            y = attend(torch.cat((q, q_rope), dim=-1), k, v, mask)
+            y = attend(torch.cat((q, q_rope), dim=-1), k, F.pad(v, (0, R)), mask)[..., :D]  # fused kernels want v as long as k
         else:
             latents, at = cache
             latents[:, :, at] = latent.to(latents.dtype)
             seen, up = latents[:, :, : mask.shape[-1]], up.view(-1, 2, D, r)
             q = torch.cat((torch.einsum("bhtd,hdr->bhtr", q, up[:, 0]), q_rope), dim=-1)
-            y = attend(q * ((r + R) / (D + R)) ** 0.5, seen, seen[..., :r], mask)  # attend divides by √(r + R): undone
+            y = attend(q * ((r + R) / (D + R)) ** 0.5, seen, seen, mask)[..., :r]  # attend divides by √(r + R): undone
             y = torch.einsum("bhtr,hdr->bhtd", y, up[:, 1])
         return tp_sum(self.o_proj(y.transpose(1, 2).reshape(B, T, -1)), self.tp)
 
@@ -368,16 +382,45 @@ class LatentAttention(nn.Module):
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202)."""
 
-    def __init__(self, config, tp):
+    def __init__(self, d, size, tp):
         super().__init__()
         self.tp = tp
-        self.gate_proj = Linear(config.hidden_size, config.intermediate_size, tp, 0)
-        self.up_proj = Linear(config.hidden_size, config.intermediate_size, tp, 0)
-        self.down_proj = Linear(config.intermediate_size, config.hidden_size, tp, 1)
+        self.gate_proj = Linear(d, size, tp, 0)
+        self.up_proj = Linear(d, size, tp, 0)
+        self.down_proj = Linear(size, d, tp, 1)
 
-    def forward(self, x):
-        x = tp_copy(x, self.tp)
-        return tp_sum(self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x)), self.tp)
+    def part(self, x):
+        """This rank's summand."""
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+    def forward(self, x, routed=None):
+        return tp_sum(self.part(tp_copy(x, self.tp)), self.tp)
+
+
+class MoE(nn.Module):
+    """Mixture of experts (DeepSeekMoE, arXiv 2401.06066): a token goes through the k of N small MLPs that the router finds
+    likeliest, weighted with those probabilities, and through the shared ones. A rank of tp has a slice of every expert."""
+
+    def __init__(self, config, tp):
+        super().__init__()
+        d, N, size, shared = config.hidden_size, config.num_experts, config.expert_size, config.num_shared_experts
+        self.k, self.tp, self.gate = config.num_experts_per_tok, tp, Linear(d, N, tp, None)
+        self.experts = nn.ModuleList(MLP(d, size, tp) for _ in range(N))
+        self.shared_experts = MLP(d, shared * size, tp) if shared else None
+
+    @torch.compiler.disable  # an expert gets as many tokens as it happens to: no shapes for a graph
+    def forward(self, x, routed=None):
+        """x (B, T, d). The list `routed` receives (B, T, 2, N): 1 for each chosen expert, and all probabilities."""
+        p = self.gate(x.float()).softmax(dim=-1)  # (B, T, N); in float32, for the larger of two decides
+        weight, chosen = p.topk(self.k)  # (B, T, k)
+        if routed is not None:
+            routed.append(torch.stack((torch.zeros_like(p).scatter(-1, chosen, 1), p), dim=-2))
+        x, weight = tp_copy(x, self.tp), tp_copy(weight, self.tp).to(x.dtype)
+        order = chosen.flatten().argsort(stable=True)  # (B T k,) places of (token, choice), expert by expert
+        queues = x.flatten(0, 1)[order // self.k].split(chosen.flatten().bincount(minlength=len(self.experts)).tolist())
+        y = torch.cat([expert.part(queue) for expert, queue in zip(self.experts, queues)])[order.argsort()]
+        y = (y.view(*chosen.shape, -1) * weight[..., None]).sum(dim=-2)  # (B, T, d)
+        return tp_sum(y if self.shared_experts is None else y + self.shared_experts.part(x), self.tp)
 
 
 class Block(nn.Module):
@@ -388,11 +431,11 @@ class Block(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = (LatentAttention if config.kv_lora_rank else Attention)(config, layer, tp)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = MLP(config, tp)
+        self.mlp = MoE(config, tp) if config.num_experts else MLP(config.hidden_size, config.intermediate_size, tp)
 
-    def forward(self, x, rope, masks, cache=None):
+    def forward(self, x, rope, masks, cache=None, routed=None):
         x = x + self.self_attn(self.input_layernorm(x), rope, masks, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        return x + self.mlp(self.post_attention_layernorm(x), routed)
 
 
 class Transformer(nn.Module):
@@ -407,7 +450,8 @@ class Transformer(nn.Module):
         super().__init__()
         if not config.vocab_size:
             raise ValueError("vocab_size=0: the tokenizer's vocab_size expected")
-        for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"):
+        names = ["num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"]
+        for name in names + ["expert_size"] * (config.num_experts > 0):
             if tp is not None and getattr(config, name) % tp.size():
                 raise ValueError(f"--tp={tp.size()}: a divisor of {name}={getattr(config, name)} expected")
         self.config, self.tp = config, tp
@@ -427,14 +471,18 @@ class Transformer(nn.Module):
         -log p(target) in nats, and logsumexp², the z-loss (PaLM, arXiv 2204.02311) that keeps logits from drifting.
         Sums, not means: only the caller knows how many tokens the whole step has. reduction "none": instead of the sums
         log p(target) at `temperature`, (B, T), 0 where it is not counted: for losses by token or by row.
+        With experts the sums are three, the last (L, 2, N): how often each was chosen, and its probabilities (see `balance`).
         """
-        x = self.embed_tokens(ids, self.compute_dtype)
+        x, routed = self.embed_tokens(ids, self.compute_dtype), []
         rope, masks = self.rope(torch.arange(ids.shape[1], device=ids.device)), self.masks(x, doc_ids)
         for layer in self.layers:
-            x = layer(x, rope, masks)
+            x = layer(x, rope, masks, routed=routed)
         if targets is None:
             return self.logits(x)
-        return self.loss_sums(x, targets) if reduction == "sum" else self.counted_logps(x, targets, temperature)
+        if reduction != "sum":
+            return self.counted_logps(x, targets, temperature)
+        sums = self.loss_sums(x, targets)
+        return (*sums, torch.stack([each[targets != -100].sum(0) for each in routed])) if routed else sums
 
     def rope(self, positions):
         """positions (T,) or (B, T) -> cos, sin (.., 1, D). Angles need float32: bf16 cannot tell 60,000 from 60,001."""
@@ -470,6 +518,16 @@ class Transformer(nn.Module):
     def loss_sums(self, x, targets):
         logp, lse = self.logps(x, targets)
         return -logp.sum(), lse.square().sum()
+
+    def balance(self, usage, whole):
+        """The load-balance loss of Switch (arXiv 2101.03961), without which few experts take all: α N Σ f P, with f an expert's
+        share of the choices, P its mean probability. Its gradient, through P, makes those in demand less likely. Per layer
+        it is α if all are used alike (α / N in the playbook, which leaves out N) and α N / k if the same k always are.
+
+        Both are of the whole step: `usage` (L, 2, N) is what forward has returned for some of its tokens, `whole` the sum of
+        that over all of them. The result is a sum over those tokens, as nll is, to be divided by the same count."""
+        share = whole[:, 0] / whole[:, 0].sum(dim=1, keepdim=True).clamp(min=1)
+        return self.config.router_aux_loss_coef * self.config.num_experts * (share * usage[:, 1]).sum()
 
     def logps(self, x, targets, temperature=1.0):
         """log p(target) and the logsumexp of the logits, both of targets' shape and 0 where those are -100."""
@@ -520,31 +578,34 @@ class Transformer(nn.Module):
 
 # --- arithmetic ------------------------------------------------------------------------------------------------------
 
-def matrices(c):
-    """(inputs, outputs) of each matrix in a block."""
+def matrices(c, active=False):
+    """(inputs, outputs) of each matrix in a block; active: of those that one token meets."""
     d, q, kv, r = c.hidden_size, c.num_attention_heads * c.head_size, c.num_key_value_heads * c.head_size, c.kv_lora_rank
     attention = [(d, q), (d, kv), (d, kv), (q, d)]
     if r:
         attention = [(d, q + c.num_attention_heads * c.rope_size), (d, r + c.rope_size), (r, 2 * q), (q, d)]
-    return attention + 3 * [(d, c.intermediate_size)]
+    if not c.num_experts:
+        return attention + 3 * [(d, c.intermediate_size)]
+    experts = (c.num_experts_per_tok if active else c.num_experts) + c.num_shared_experts
+    return attention + [(d, c.num_experts)] + 3 * experts * [(d, c.expert_size)]
 
 
-def num_params(c):
-    """Parameters, tied matrices once."""
-    layer = sum(i * o for i, o in matrices(c)) + 2 * c.hidden_size + 2 * c.head_size * c.qk_norm + c.kv_lora_rank
+def num_params(c, active=False):
+    """Parameters, tied matrices once; active: of experts only those that a token goes through."""
+    layer = sum(i * o for i, o in matrices(c, active)) + 2 * c.hidden_size + 2 * c.head_size * c.qk_norm + c.kv_lora_rank
     return c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2) + c.num_hidden_layers * layer + c.hidden_size
 
 
 def flops_per_token(c, seq_len):
-    """Training FLOPs per token: 6 per matmul parameter, plus attention 12·L·H·D·T (PaLM, appendix B: causality ignored;
+    """Training FLOPs per token: 6 per active matmul parameter, plus attention 12·L·H·D·T (PaLM, appendix B: causality ignored;
     MLA's keys are longer)."""
     looked_up = 0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size  # an untied embedding multiplies nothing
     size = 2 * c.head_size + (c.rope_size if c.kv_lora_rank else 0)  # of a key and a value
-    return 6 * (num_params(c) - looked_up) + 6 * c.num_hidden_layers * c.num_attention_heads * size * seq_len
+    return 6 * (num_params(c, active=True) - looked_up) + 6 * c.num_hidden_layers * c.num_attention_heads * size * seq_len
 
 
 def cache_shapes(c, tp=1):
-    """(heads, size) of each tensor that a layer of one of `tp` ranks caches: keys and values, or the latents, RoPE keys behind."""
+    """(heads, size) of each tensor that a layer of one of `tp` ranks caches: keys and values, or latents with RoPE keys."""
     return [(1, c.kv_lora_rank + c.rope_size)] if c.kv_lora_rank else [(c.num_key_value_heads // tp, c.head_size)] * 2
 
 
@@ -566,8 +627,12 @@ def training_bytes(c, tokens, tp=1, lora_rank=0):
     q, kv = c.num_attention_heads * c.head_size, c.num_key_value_heads * c.head_size
     attention = (2 * q + 2 * kv) / tp
     if c.kv_lora_rank:
-        attention = 2 * (c.kv_lora_rank + c.rope_size) + (5 * q + 2 * c.num_attention_heads * c.rope_size) / tp
-    block = 2 * (4 * c.hidden_size + attention + 4 * c.intermediate_size / tp)
+        attention = 2 * (c.kv_lora_rank + c.rope_size) + (5 * q + 4 * c.num_attention_heads * c.rope_size) / tp
+    mlp = 4 * c.intermediate_size / tp
+    if c.num_experts:
+        k, shared = c.num_experts_per_tok, c.num_shared_experts  # the router's float32; inputs and outputs of the experts
+        mlp = 2 * (c.hidden_size + c.num_experts) + 2 * k * c.hidden_size + 4 * (k + shared) * c.expert_size / tp
+    block = 2 * (4 * c.hidden_size + attention + mlp)
     states = 2 * num_params(c) + 18 * lora_params(c, lora_rank) if lora_rank else 18 * num_params(c)
     return dict(states=states / tp, activations=c.num_hidden_layers * block * tokens,
                 logits=16 * c.vocab_size / tp * tokens)
@@ -804,8 +869,8 @@ HF_ONLY = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, attentio
 HF_IRRELEVANT = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "dtype", "torch_dtype",
                  "transformers_version", "_name_or_path", "sliding_window", "max_window_layers", "pretraining_tp",
                  "is_llama_config", "transformers.js_config"}  # of no consequence for logits, given the values above
-HF_LACKS = ("qk_norm", "sliding_window", "attention_chunk", "kv_lora_rank")  # what transformers' SmolLM3 and Llama lack
-HF_DETAILS = ("qk_rope_head_dim",)  # settings of those
+HF_LACKS = ("qk_norm", "sliding_window", "attention_chunk", "kv_lora_rank", "num_experts")  # their SmolLM3 and Llama, that is
+HF_DETAILS = ("qk_rope_head_dim", "num_experts_per_tok", "moe_intermediate_size", "num_shared_experts", "router_aux_loss_coef")
 
 
 def hf_config(path):
@@ -946,8 +1011,8 @@ def to_hf(model, directory, tokenizer=None, style="", dtype=torch.bfloat16, shar
     LlamaForCausalLM where all layers have RoPE. Without tensor parallelism."""
     safetensors, directory, c = _safetensors(), Path(directory), model.config
     if any(getattr(c, name) for name in HF_LACKS) or model.tp is not None:
-        raise SystemExit("".join(f"{name}={getattr(c, name)}, " for name in HF_LACKS) + f"tp={model.tp is not None}: none of them "
-                         f"expected: transformers' SmolLM3 and Llama have no such thing")
+        raise SystemExit("".join(f"{name}={getattr(c, name)}, " for name in HF_LACKS) + f"tp={model.tp is not None}: "
+                         f"none of them expected: transformers' SmolLM3 and Llama have no such thing")
     kind, theirs = ("smollm3", "SmolLM3ForCausalLM") if c.no_rope_layer_interval else ("llama", "LlamaForCausalLM")
     if tokenizer and tokenizer.size > c.vocab_size:
         raise SystemExit(f"vocab_size={c.vocab_size}: the {tokenizer.size} of tokenizer {tokenizer.name}, or more, expected")
@@ -1101,7 +1166,7 @@ def bench(cfg):
         generate(model, ids, cfg.max_new_tokens, seed=cfg.seed, compile=cfg.compile and "frozen")
         seconds.append(time.perf_counter() - start)
     speed = sorted(cfg.batch * cfg.max_new_tokens / s for s in seconds[1:])  # the first run warms up or compiles
-    flops = 2 * num_params(model.config)
+    flops = 2 * num_params(model.config, active=True)
     return dict(bench="decode", tok_per_s=round(speed[2]), spread=[round(speed[0]), round(speed[-1])],
                 seconds_per_step=round(cfg.batch / speed[2], 6), mfu=rt.peak and round(speed[2] * flops / rt.peak, 4),
                 mfu_convention=f"2N FLOPs per new token / {rt.peak_source}",

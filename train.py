@@ -228,15 +228,31 @@ def forward_backward(model, batch, cfg, rt, forwards=None):
     """
     ids, targets, docs = batch
     count = max(1, all_sum(rt, int((targets != -100).sum()))[0] / rt.tp_size)  # TP ranks hold the same batch
-    total = 0.0
+    net, total, whole = getattr(model, "module", model), 0.0, None
+    forward = lambda rows: model(*to_device(rt, ids[rows], docs[rows] if docs[rows].any() else None, targets[rows]))
+    if net.config.num_experts and 0 < cfg.micro_batch < len(ids):  # how the whole step uses them must be known in its first
+        with torch.no_grad():  # pass: a third more work, but balance in every micro-batch would be another, stricter demand
+            whole = over_replicas(rt, sum(forward(rows)[2] for rows in micro_batches(model, len(ids), cfg.micro_batch, rt)))
     for rows in micro_batches(model, len(ids), cfg.micro_batch, rt):
-        d, begin = docs[rows], infra.mark(rt)
-        nll, z = model(*to_device(rt, ids[rows], d if d.any() else None, targets[rows]))
+        begin = infra.mark(rt)
+        nll, z, *usage = forward(rows)
         if forwards is not None:
             forwards.append((begin, infra.mark(rt)))
-        ((nll + cfg.z_loss * z) * rt.dp_size / count).backward()  # DDP takes the mean over replicas: times their number
+        loss = nll + cfg.z_loss * z
+        if usage:
+            whole = over_replicas(rt, usage[0]) if whole is None else whole
+            loss = loss + net.balance(usage[0], whole)
+        (loss * rt.dp_size / count).backward()  # DDP takes the mean over replicas: times their number
         total = total + nll.detach()
     return total / count
+
+
+def over_replicas(rt, x):
+    """The sum of a tensor over the replicas, a constant."""
+    x = x.detach().clone()
+    if rt.dp_group is not None:
+        dist.all_reduce(x, group=rt.dp_group)
+    return x
 
 
 def micro_batches(model, n, size, rt):
