@@ -579,20 +579,20 @@ class Transformer(nn.Module):
 # --- arithmetic ------------------------------------------------------------------------------------------------------
 
 def matrices(c, active=False):
-    """(inputs, outputs) of each matrix in a block; active: of those that one token meets."""
+    """(how many, inputs, outputs) of the matrices in a block; active: of those that one token meets."""
     d, q, kv, r = c.hidden_size, c.num_attention_heads * c.head_size, c.num_key_value_heads * c.head_size, c.kv_lora_rank
-    attention = [(d, q), (d, kv), (d, kv), (q, d)]
+    attention = [(2, d, q), (2, d, kv)]
     if r:
-        attention = [(d, q + c.num_attention_heads * c.rope_size), (d, r + c.rope_size), (r, 2 * q), (q, d)]
+        attention = [(1, d, q + c.num_attention_heads * c.rope_size), (1, d, r + c.rope_size), (1, r, 2 * q), (1, q, d)]
     if not c.num_experts:
-        return attention + 3 * [(d, c.intermediate_size)]
+        return [*attention, (3, d, c.intermediate_size)]
     experts = (c.num_experts_per_tok if active else c.num_experts) + c.num_shared_experts
-    return attention + [(d, c.num_experts)] + 3 * experts * [(d, c.expert_size)]
+    return [*attention, (1, d, c.num_experts), (3 * experts, d, c.expert_size)]
 
 
 def num_params(c, active=False):
     """Parameters, tied matrices once; active: of experts only those that a token goes through."""
-    layer = sum(i * o for i, o in matrices(c, active)) + 2 * c.hidden_size + 2 * c.head_size * c.qk_norm + c.kv_lora_rank
+    layer = sum(n * i * o for n, i, o in matrices(c, active)) + 2 * c.hidden_size + 2 * c.head_size * c.qk_norm + c.kv_lora_rank
     return c.vocab_size * c.hidden_size * (1 if c.tie_word_embeddings else 2) + c.num_hidden_layers * layer + c.hidden_size
 
 
@@ -616,7 +616,7 @@ def kv_bytes_per_token(c, bytes_per_element=2, tp=1):
 
 def lora_params(c, rank):
     """Of adapters beside all matrices of the blocks, each rank · (inputs + outputs)."""
-    return c.num_hidden_layers * rank * sum(i + o for i, o in matrices(c))
+    return c.num_hidden_layers * rank * sum(n * (i + o) for n, i, o in matrices(c))
 
 
 def training_bytes(c, tokens, tp=1, lora_rank=0):
@@ -978,6 +978,7 @@ def from_hf(directory, device="cpu", dtype=torch.float32, tp=None, vocab_size=0)
     At most one tensor is in memory besides the model. Every weight must be there, once, in the shape that the config implies.
     vocab_size: that many tokens, where they are more than there; the new ones begin as the mean of all others.
     """
+    _safetensors()  # or one line on how to get it
     directory, config = Path(directory), hf_config(Path(directory) / "config.json")
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     if 0 < size < num_params(config):
