@@ -30,6 +30,7 @@ import numpy as np
 import torch
 
 import infra
+from infra import one_line
 
 FORMAT = 1      # of prepared files; a higher number makes everybody rebuild
 SLOTS = 1000    # the mixture is a pattern of so many rows: weights are kept to within 1/SLOTS
@@ -363,10 +364,6 @@ def tokenizer_json(tokenizer):
                                   vocab={text(t): i for t, i in live + dead} | {s: i for i, s in by_id.items()},
                                   merges=[[text(a), text(b)] for a, b in merges])),
         ensure_ascii=False)
-
-
-def one_line(error):
-    return " ".join(str(error).split())[:200] or type(error).__name__
 
 
 # --- token files: raw little-endian ids, and a JSON sidecar ----------------------------------------------------------

@@ -326,18 +326,26 @@ def all_gather(rt, tensor):
     return everyone
 
 
+def one_line(error):
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def launch(main, cfg):
     """main(cfg), for scripts. Under torchrun the rank that failed first speaks, and torchrun's closing summary quotes it: the
     others wait a moment, and are ended before they can add that somebody left them."""
     try:
         main(cfg)
     except BaseException as e:
+        if isinstance(e, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(e):
+            e = SystemExit(f"out of memory ({one_line(e)}): less is taken by --micro_batch=1, shorter rows (--max_position_embeddings, "
+                           f"--max_length, --max_new_tokens), --tp=2 under torchrun, in sft.py --lora_rank=16; "
+                           f"`python infra.py plan SHAPE --gpu=NAME --gpus=1` tells what a shape needs")
         if "TORCHELASTIC_RUN_ID" in os.environ:
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
             if os.environ["RANK"] != "0" or not isinstance(e, SystemExit):  # what all find wrong, rank 0 says
                 time.sleep(3)
             get_error_handler().record_exception(e)
-        raise
+        raise e
     if dist.is_initialized():
         dist.destroy_process_group()
 

@@ -524,3 +524,14 @@ def first_of_another_machine(folder):
 
 def test_rank_0_goes_before_the_first_processes_of_other_machines_for_they_may_share_a_disk(tmp_path):
     assert processes.run(2, first_of_another_machine, tmp_path) == [False, True]
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore"),
+                                   RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried 10 bytes")])
+def test_running_out_of_memory_names_the_flags_that_help(error):
+    def main(cfg):
+        raise error
+    with pytest.raises(SystemExit, match="out of memory .*Tried|tried.* --micro_batch=1.*infra.py plan"):
+        infra.launch(main, None)
+    with pytest.raises(RuntimeError, match="something else"):
+        infra.launch(lambda cfg: (_ for _ in ()).throw(RuntimeError("something else")), None)
