@@ -12,8 +12,8 @@ SHAPE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_lay
              max_position_embeddings=32, rope_theta=100.0, no_rope_layer_interval=2, initializer_range=0.3)      # wide: nothing is nearly uniform
 KINDS = {"MoE": dict(num_experts=5), "MoE, shared": dict(num_experts=6, num_experts_per_tok=3, num_shared_experts=2, moe_intermediate_size=10),
          "all": dict(num_experts=4, num_experts_per_tok=1, num_shared_experts=1, kv_lora_rank=16, attention_chunk=7, sliding_window=5),
-         "MLA": dict(kv_lora_rank=12, qk_rope_head_dim=6), "MLA, chunk": dict(kv_lora_rank=16, attention_chunk=5, sliding_window=4),
-         "chunk": dict(attention_chunk=5), "chunk of 1": dict(attention_chunk=1), "chunk, window": dict(attention_chunk=6, sliding_window=4)}
+         "MLA": dict(kv_lora_rank=12, qk_rope_head_dim=6), "chunk": dict(attention_chunk=5), "chunk of 1": dict(attention_chunk=1),
+         "chunk, window": dict(attention_chunk=6, sliding_window=4)}
 PROMPTS = [[3, 1, 4, 1, 5, 9, 2, 6], [7], [2, 7, 1, 8], [60, 61, 62], [5] * 13]
 every_kind = pytest.mark.parametrize("kind", KINDS)
 
