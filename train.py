@@ -339,8 +339,9 @@ def build(cfg, rt, tokenizer, start_from=""):
     """-> (model on the device, what else was in the checkpoint). Shape from the checkpoint where there is one."""
     if start_from:
         model, extra = nano.load_checkpoint(start_from, rt.device, rt.tp_group)
-        if (theirs := data.get_tokenizer(extra["tokenizer"])).name != tokenizer.name:
-            raise SystemExit(f"--tokenizer={cfg.tokenizer}: {start_from} was trained with {theirs.name}"
+        theirs = extra["tokenizer"] if isinstance(extra["tokenizer"], str) else extra["tokenizer"]["name"]
+        if theirs != tokenizer.name:
+            raise SystemExit(f"--tokenizer={cfg.tokenizer}: {start_from} was trained with {theirs}"
                              + f" (--tokenizer={start_from})" * (extra["stage"] == "hf"))
     else:
         if 0 < cfg.vocab_size < tokenizer.vocab_size:
