@@ -106,6 +106,11 @@ def as_bytes(text):
     return text if isinstance(text, bytes) else text.encode("utf-8", errors="replace")      # lone surrogates become ?
 
 
+def name_of(state):
+    """The name of the tokenizer that a checkpoint keeps, without making it."""
+    return state if isinstance(state, str) else state["name"]
+
+
 def get_tokenizer(name):
     """-> Tokenizer. name: "bytes" (ids 0-255, then the specials, vocabulary 320); a path to byte-level BPE: a tokenizer.json
     of Hugging Face, a rank file as Llama 3's tokenizer.model, a folder that holds one; a tiktoken encoding; a `state`."""
@@ -1316,9 +1321,10 @@ def show_fertility(cfg):
     of words that continue in a second token. Words are runs of letters and digits, or of signs: where no spaces part them, as
     in Chinese, only tokenizers compare, not languages. bytes/token is that of the running text. -> {tokenizer: {source: row}}."""
     metrics, sources = {}, find_sources(cfg.text, cfg.jsonl, cfg.hf, cfg.hf_docs)
+    tokenizers = {name: get_tokenizer(name) for name in map(str.strip, cfg.tokenizer.split(","))}
     print(f"{'tokenizer':24}{'ids':>9}  {'source':12}{'words':>12}{'fertility':>11}{'continued':>11}{'bytes/token':>13}")
-    for name, (source, (documents, _)) in itertools.product(map(str.strip, cfg.tokenizer.split(",")), sources.items()):
-        tokenizer, words, size, tokens = get_tokenizer(name), Counter(), 0, 0
+    for name, (source, (documents, _)) in itertools.product(tokenizers, sources.items()):
+        tokenizer, words, size, tokens = tokenizers[name], Counter(), 0, 0
         for document in map(as_bytes, documents()):
             words.update(re.findall(r"\w+|[^\w\s]+", document.decode("utf-8", errors="replace")))
             size, tokens = size + len(document), tokens + len(tokenizer.encode(document))

@@ -412,8 +412,7 @@ def open_model(cfg, rt, resuming):
             others[flag], its = nano.load_checkpoint(directory, rt.device, rt.tp_group)
             others[flag].path, others[flag].crc = its["path"], its["crc"]
             if its["tokenizer"] != extra["tokenizer"] or others[flag].config.vocab_size != model.config.vocab_size:
-                name = data.get_tokenizer(extra["tokenizer"]).name
-                raise SystemExit(f"{flag}={directory}: the policy's tokenizer, {name}, expected")
+                raise SystemExit(f"{flag}={directory}: the policy's tokenizer, {data.name_of(extra['tokenizer'])}, expected")
     for flag, other in others.items():
         if other is not None:
             other.compute_dtype = rt.dtype

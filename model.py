@@ -1133,7 +1133,7 @@ def extend(config, cfg):
     for name in ("rope_theta", "rope_factor", "original_max_position_embeddings"):
         old, new = getattr(config, name), getattr(cfg, name)
         if new not in (old, getattr(Config, name)):
-            print(f"!!! {name}: {new} instead of the checkpoint's {old}")
+            print(f"!!! {name}: {new} instead of the checkpoint's {old}", file=sys.stderr)
             setattr(config, name, new)
     if config.rope_factor > 1 and not config.original_max_position_embeddings:
         config.original_max_position_embeddings = config.max_position_embeddings

@@ -339,8 +339,7 @@ def build(cfg, rt, tokenizer, start_from=""):
     """-> (model on the device, what else was in the checkpoint). Shape from the checkpoint where there is one."""
     if start_from:
         model, extra = nano.load_checkpoint(start_from, rt.device, rt.tp_group)
-        theirs = extra["tokenizer"] if isinstance(extra["tokenizer"], str) else extra["tokenizer"]["name"]
-        if theirs != tokenizer.name:
+        if (theirs := data.name_of(extra["tokenizer"])) != tokenizer.name:
             raise SystemExit(f"--tokenizer={cfg.tokenizer}: {start_from} was trained with {theirs}"
                              + f" (--tokenizer={start_from})" * (extra["stage"] == "hf"))
     else:
@@ -561,9 +560,9 @@ def update(run, loss, norm, lr):
 
 def main(cfg):
     """Train; returns the last evaluation and the totals. With --ablate or --sweep: many times, and what came out."""
+    rt = infra.setup(cfg)
     if cfg.ablate or cfg.sweep:
         return ablate(cfg) if cfg.ablate else sweep(cfg)
-    rt = infra.setup(cfg)
     check(cfg, rt)
     if cfg.bench:
         return bench(cfg, rt)
@@ -662,6 +661,14 @@ def values_of(flag, spec, more=()):
     return result
 
 
+def changed(cfg, flag, change):
+    """cfg with other values, or one line on why there is none."""
+    try:
+        return dataclasses.replace(cfg, **change)
+    except ValueError as e:
+        raise SystemExit(f"--{flag}: {', '.join(f'{k}={v}' for k, v in change.items())}: {e}") from None
+
+
 def experiment(cfg, name):
     """One run of many -> its last metrics, with tok_per_s (the median) and the model's config. A finished one is only read."""
     cfg = dataclasses.replace(cfg, ablate="", sweep="", match="", seeds=1, out=f"{cfg.out}/{name}", resume=not cfg.overwrite)
@@ -674,6 +681,8 @@ def experiment(cfg, name):
         with contextlib.redirect_stdout(io.StringIO()):
             if "stopped" in main(cfg):
                 raise SystemExit(f"{cfg.out}: stopped; the same command goes on from there")
+        if dist.is_initialized():
+            dist.barrier()  # rank 0 writes what all of them read now
     rows = read()
     last, speeds = [row for row in rows if row.get("final")][-1], [row["tok_per_s"] for row in rows if "tok_per_s" in row]
     shape = json.loads(recorded.read_text(encoding="utf-8"))
@@ -685,11 +694,13 @@ def experiment(cfg, name):
 def ablate(cfg):
     """Playbook, "Ablation": one change at a time, the same rows in the same order, the same tokens, several seeds. A change whose
     gap to the baseline could be the seeds' (paired by seed, 95 %) is a tie. -> {name: figures}, also in out/ablate.json."""
+    if cfg.match not in ("", "params") or cfg.seeds < 1:
+        raise SystemExit(f"--match={cfg.match}, --seeds={cfg.seeds}: params or nothing, and at least 1 expected")
     cfg = dataclasses.replace(cfg, out="out/ablate" if cfg.out == Config.out else cfg.out)
     shape = lambda c: dataclasses.replace(nano.shape_of(c), vocab_size=c.vocab_size or data.get_tokenizer(c.tokenizer).vocab_size)
     size, runs, result = nano.num_params(shape(cfg)), {"baseline": cfg}, {}
     for field, values in values_of("ablate", cfg.ablate).items():
-        runs |= {f"{field}={v}": dataclasses.replace(cfg, **{field: v}) for v in values if v != getattr(cfg, field)}
+        runs |= {f"{field}={v}": changed(cfg, "ablate", {field: v}) for v in values if v != getattr(cfg, field)}
     for name, c in runs.items() if cfg.match == "params" else ():
         deep = [dataclasses.replace(c, num_hidden_layers=n) for n in range(1, 4 * cfg.num_hidden_layers)]
         runs[name] = min(deep, key=lambda d: abs(nano.num_params(shape(d)) - size))
@@ -722,7 +733,7 @@ def sweep(cfg):
     budgets, table = grid.pop("tokens", [cfg.steps * cfg.batch_tokens]), []
     for tokens, *values in itertools.product(budgets, *grid.values()):
         change = dict(zip(grid, values))
-        c = dataclasses.replace(cfg, **change)
+        c = changed(cfg, "sweep", change)
         c = dataclasses.replace(c, steps=max(1, round(tokens / c.batch_tokens)))
         x = experiment(c, f"{tokens}-" + ",".join(f"{k}={v}" for k, v in change.items()))
         flops = tokens * nano.flops_per_token(x.config, x.config.max_position_embeddings)

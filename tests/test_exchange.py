@@ -145,7 +145,7 @@ def test_every_stage_begins_from_a_hugging_face_directory(here, capsys):
     assert nano.read_checkpoint("grpo")["train_config"]["style"] == "chatml"
     train.main(train.Config(**common | dict(text="problems.jsonl", tokenizer="hf", batch_tokens=128, max_position_embeddings=64, eval_every=9,
                                             rope_theta=50_000.0, out="base")))
-    assert nano.load_checkpoint("base")[0].config.rope_theta == 50_000.0 and "!!! rope_theta" in capsys.readouterr().out
+    assert nano.load_checkpoint("base")[0].config.rope_theta == 50_000.0 and "!!! rope_theta" in capsys.readouterr().err
     with pytest.raises(SystemExit, match=r"--tokenizer=hf2: hf was trained with bytes \(--tokenizer=hf\)"):
         Path("hf2").mkdir()
         Path("hf2/tokenizer.json").write_text(data.tokenizer_json(small_bpe()))

@@ -1,11 +1,11 @@
 """Ablations, sweeps and curves: one change at a time, paired by seed, verdicts that know their noise, nothing run twice."""
-import json, math
+import io, json, math, sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import infra, model as nano, train
+import infra, model as nano, processes, train
 
 
 @pytest.fixture
@@ -92,6 +92,28 @@ def test_a_sweep_holds_the_tokens_marks_the_best_and_fits_a_power_law(cfg, monke
     assert result["fits"]["batch_tokens"][1] == pytest.approx(0, abs=1e-9)
     a, b = result["fits"]["lr"]
     assert a * result["best"][0]["flops"] ** b == pytest.approx(1e-3) and capsys.readouterr().out.count("<-- best") == 3
+
+
+def test_what_cannot_be_compared_is_one_line_before_anything_runs(cfg, monkeypatch):
+    done = counted(monkeypatch)
+    for change, message in ((dict(ablate="lr=1;num_key_value_heads=3"), "--ablate: num_key_value_heads=3: .*a divisor"), (dict(ablate="lr=1", seeds=0), "--seeds=0"),
+                            (dict(ablate="lr=1", match="depth"), "--match=depth"), (dict(sweep="num_key_value_heads=3"), "--sweep: num_key")):
+        with pytest.raises(SystemExit, match=message):
+            train.main(cfg(**change))
+    assert not done
+
+
+def compared():
+    """An ablation on this rank: what it prints and returns."""
+    out, c = io.StringIO(), train.Config(text="text.txt", hidden_size=16, intermediate_size=32, num_hidden_layers=1, max_position_embeddings=32,
+                                         batch_tokens=64, steps=2, device="cpu", dtype="float32", ablate="qk_norm=true")
+    sys.stdout = out                        # rank 1 loses it in setup
+    return train.main(c)["qk_norm=True"]["gap"], out.getvalue()
+
+
+def test_ranks_run_it_together_and_one_speaks(cfg):
+    (gap, said), (other, silence) = processes.run(2, compared)
+    assert gap == other and "gap to the baseline" in said and not silence
 
 
 @pytest.mark.parametrize("spec, message", [("lr", "--ablate=lr: lr: FIELD=VALUE"), ("lr=fast", "lr: a number expected, not 'fast'"),

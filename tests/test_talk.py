@@ -130,9 +130,9 @@ def test_flags_on_the_rotary_embedding_lengthen_context(place, capfd):
     assert (m.config.rope_theta, m.config.rope_factor) == (10_000.0, 1.0)
     nano.extend(m.config, options(rope_theta=40_000.0, rope_factor=2.0))
     assert (m.config.rope_theta, m.config.rope_factor, m.config.original_max_position_embeddings) == (40_000.0, 2.0, 256)
-    assert capfd.readouterr().out.count("!!!") == 2
+    assert capfd.readouterr().err.count("!!!") == 2
     nano.extend(m.config, options())                                   # defaults change nothing
-    assert m.config.rope_theta == 40_000.0 and not capfd.readouterr().out
+    assert m.config.rope_theta == 40_000.0 and not capfd.readouterr().err
     plain = nano.Transformer(nano.Config(**SHAPE))
     cos, sin = plain.rope(torch.arange(4))
     slow, _ = m.rope(torch.arange(4))
