@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import grpo, infra, model as nano
+from models import random_model
 
 CPU = infra.setup(infra.Machine(device="cpu", dtype="float32"))         # one process, alone
 SHAPE = dict(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -20,13 +21,7 @@ NAN, LEVELS, SCALES = math.nan, ("token", "sequence"), ("group", "batch", "none"
 # --- what the tests share --------------------------------------------------------------------------------------------
 
 def small_model(seed=0, **change):
-    """Random, with norms that are not all one."""
-    torch.manual_seed(seed)
-    m = nano.Transformer(nano.Config(**SHAPE | change))
-    for p in m.parameters():
-        if p.dim() == 1:
-            torch.nn.init.uniform_(p, 0.5, 1.5)
-    return m
+    return random_model(seed, **SHAPE | change)
 
 
 def one_line(call, *arguments, match):

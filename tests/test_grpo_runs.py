@@ -12,6 +12,7 @@ import torch
 import torch._dynamo   # otherwise every forked rank imports it anew, for seconds, as soon as it makes an optimizer
 
 import data, grpo, infra, model as nano, sft, train
+from models import random_model
 from processes import run as ranks
 
 BYTES = data.get_tokenizer("bytes")
@@ -48,13 +49,7 @@ accuracy = format = overlong = same
 # --- what the tests share --------------------------------------------------------------------------------------------
 
 def small_model(seed=0, **change):
-    """Random, with norms that are not all one."""
-    torch.manual_seed(seed)
-    m = nano.Transformer(nano.Config(**SHAPE | change))
-    for p in m.parameters():
-        if p.dim() == 1:
-            torch.nn.init.uniform_(p, 0.5, 1.5)
-    return m
+    return random_model(seed, **SHAPE | change)
 
 
 def school(m, steps=25):

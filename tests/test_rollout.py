@@ -9,6 +9,7 @@ import torch._dynamo   # otherwise every forked rank imports it anew, for second
 from torch.nn import functional as F
 
 import data, grpo, infra, model as nano, train
+from models import random_model
 from processes import run as ranks
 
 CPU = infra.setup(infra.Machine(device="cpu", dtype="float32"))         # one process, alone
@@ -22,13 +23,7 @@ KINDS = {"nope every 4th": {}, "window": dict(sliding_window=3), "all nope": dic
 
 
 def build(seed=0, **change):
-    """A small model with wide weights: nothing is nearly uniform, norms are not all one."""
-    torch.manual_seed(seed)
-    m = nano.Transformer(nano.Config(**SHAPE | change))
-    for p in m.parameters():
-        if p.dim() == 1:
-            torch.nn.init.uniform_(p, 0.5, 1.5)
-    return m
+    return random_model(seed, **SHAPE | change)
 
 
 def gradients(m):

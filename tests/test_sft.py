@@ -14,6 +14,7 @@ import torch._dynamo   # otherwise every forked rank imports it anew, for second
 from torch.nn import functional as F
 
 import data, infra, model as nano, sft, train
+from models import random_model
 from processes import run as ranks
 
 CPU = infra.setup(infra.Machine(device="cpu", dtype="float32"))         # one process, alone
@@ -28,13 +29,7 @@ KINDS = {"sft": {}, "apo": dict(stage="apo"), "lora": dict(lora_rank=4), "lora a
 # --- what the tests share --------------------------------------------------------------------------------------------
 
 def small_model(seed=0, **change):
-    """Random, with norms that are not all one."""
-    torch.manual_seed(seed)
-    m = nano.Transformer(nano.Config(**SHAPE | change))
-    for p in m.parameters():
-        if p.dim() == 1:
-            torch.nn.init.uniform_(p, 0.5, 1.5)
-    return m
+    return random_model(seed, **SHAPE | change)
 
 
 def checkpoint(folder, seed=0, step=0, tokenizer="bytes", train_config=None, **change):

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import infra, model as nano, train
+from models import random_model
 from processes import run
 
 SHAPE = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=4, num_attention_heads=4, num_key_value_heads=2,
@@ -19,13 +20,7 @@ every_kind = pytest.mark.parametrize("kind", KINDS)
 
 
 def build(seed=0, **change):
-    """A small model whose norms are not all one either."""
-    torch.manual_seed(seed)
-    m = nano.Transformer(nano.Config(**SHAPE | change))
-    for p in m.parameters():
-        if p.dim() == 1:
-            torch.nn.init.uniform_(p, 0.5, 1.5)
-    return m
+    return random_model(seed, **SHAPE | change)
 
 
 def tokens(*shape, seed=1):
