@@ -66,7 +66,7 @@ class Config(Machine):
     save_every: int = 50           # steps between checkpoints; also at the end and on signals
     wandb: bool = False            # log to Weights & Biases too
     # not knobs here, but read by what train.py lends (unannotated: no fields)
-    schedule, weight_decay, z_loss = "cosine", 0.0, 0.0
+    schedule, weight_decay, z_loss, decay_embeddings = "cosine", 0.0, 0.0, False
 
 
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
@@ -512,7 +512,7 @@ def main(cfg):
                 # where nothing was learnt, momentum must not go on: Muon's steps are as long whatever it is
                 bad = 0 if norm == 0 or train.update(run, loss, norm, lr) else bad + 1
                 if bad == 10:
-                    raise SystemExit(f"step {run.step + 1}: 10 steps in a row were not finite or spiked: "
+                    raise SystemExit(f"step {run.step + 1}: 10 steps in a row were not finite: "
                                      f"a lower --lr expected")
                 run.step += 1
                 log.bar.update(1)

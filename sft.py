@@ -67,7 +67,7 @@ class Config(Machine):
     save_every: int = 200          # steps between checkpoints; also at the end and on signals
     wandb: bool = False            # log to Weights & Biases too
     # not knobs here, but read by what train.py lends (unannotated: no fields)
-    schedule, weight_decay, z_loss = "cosine", 0.0, 0.0
+    schedule, weight_decay, z_loss, decay_embeddings = "cosine", 0.0, 0.0, False
 
 
 # SmolLM3's own recipes (alignment-handbook, recipes/smollm3), for a model of its size on many GPUs; none was run here.
@@ -689,7 +689,7 @@ def main(cfg):
             trained, places = trained + counted, places + seen
             bad = 0 if train.update(run, loss, norm, lr) else bad + 1
             if bad == 10:
-                raise SystemExit(f"step {run.step + 1}: 10 steps in a row were not finite or spiked: a lower --lr expected")
+                raise SystemExit(f"step {run.step + 1}: 10 steps in a row were not finite: a lower --lr expected")
             run.step, run.consumed, run.seconds = run.step + 1, run.consumed + cfg.batch, time.perf_counter() - start
             log.bar.update(1)
             if run.step % cfg.log_every == 0 or run.step in (1, cfg.steps) or stopping:

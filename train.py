@@ -37,6 +37,7 @@ class Config(nano.Config, Machine):
     hf: str = ""                   # Hugging Face dataset to stream (needs `datasets` and a network)
     tokenizer: str = "bytes"       # bytes, a file or folder (tokenizer.json, tokenizer.model), or a tiktoken name such as gpt2
     mixture: str = ""              # smollm3, "text=0.8,code=0.2", or stages "0.7:...;1.0:..."; default: smollm3 or by size
+    doc_mask: bool = True          # attention stays within the documents of a row; false: it sees the whole row
     val_fraction: float = 0.05     # held out, by document
     skip_samples: str = ""         # "a:b,c:d": leave out rows a to b-1 of the run's order (after a loss spike)
     # optimization
@@ -45,7 +46,8 @@ class Config(nano.Config, Machine):
     micro_batch: int = 0           # rows per forward pass and process (less memory, same result); 0: all of them at once
     optimizer: str = "muon"        # muon (hidden matrices; AdamW for the rest) or adamw
     lr: float = 4e-3               # peak learning rate; for muon scaled to AdamW's update size, so one value serves both
-    weight_decay: float = 0.1      # on matrices, not on embeddings and norms
+    weight_decay: float = 0.1      # on matrices, not on norms
+    decay_embeddings: bool = False # and on embeddings
     schedule: str = "wsd"          # wsd (warm up, stay, decay to 0), cosine (to 10 %), multistep (steps at 80, 90 %)
     warmup: float = 0.02           # fraction of the steps
     decay: float = 0.4             # fraction of the steps that wsd spends decaying
@@ -148,10 +150,11 @@ def make_optimizers(model, cfg):
     named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
     hidden = [p for n, p in named if p.dim() == 2 and "embed_tokens" not in n and "lm_head" not in n]
     head = [p for n, p in named if "lm_head" in n]
-    rest = [p for n, p in named if p.dim() < 2 or "embed_tokens" in n]
+    embeddings, norms = [p for n, p in named if "embed_tokens" in n], [p for _, p in named if p.dim() < 2]
     muon = cfg.optimizer == "muon"
     decayed = head if muon else hidden + head
-    groups = [dict(params=p, weight_decay=w) for p, w in ((rest, 0.0), (decayed, cfg.weight_decay)) if p]
+    kept, decayed = (norms, embeddings + decayed) if cfg.decay_embeddings else (norms + embeddings, decayed)
+    groups = [dict(params=p, weight_decay=w) for p, w in ((kept, 0.0), (decayed, cfg.weight_decay)) if p]
     optimizers = [Muon(hidden, cfg.lr, cfg.weight_decay, tp=model.tp)] if muon else []
     return optimizers + ([torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)] if groups else [])
 
@@ -188,7 +191,7 @@ def evaluate(model, sources, cfg, rt, max_tokens=2**17):
         for i, (ids, targets, docs) in enumerate(data.val_batches(s, T, max(1, 16384 // T), limit=max_tokens // T)):
             if i % rt.dp_size == rt.dp_rank:  # replicas share the work
                 count += int((targets != -100).sum())
-                docs = docs if docs.any() else None
+                docs = docs if cfg.doc_mask and docs.any() else None
                 nll += float(model(*to_device(rt, ids, docs, targets))[0])
         nll, count = all_sum(rt, nll, count)
         loss = nll / count
@@ -280,8 +283,12 @@ def clip_grad_norm(model, max_norm, rt):
 
 
 def is_spike(loss, norm, norms):
-    """A step that must not reach the weights: not finite, or ten times the usual gradient (playbook, "Loss spikes")."""
-    return not math.isfinite(loss + norm) or (len(norms) >= 50 and norm > 10 * statistics.median(norms))
+    """A step that must not reach the weights: not finite, or ten times the usual gradient (playbook, "Loss spikes").
+
+    The fourth such norm in a row is no spike but a new level, which clipping copes with: where a model begins to see a
+    pattern its gradients leap, and a run that skipped all of those steps would never learn it."""
+    limit = 10 * statistics.median(norms) if len(norms) >= 50 else math.inf
+    return not math.isfinite(loss + norm) or norm > limit >= min(list(norms)[-3:])
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -544,11 +551,11 @@ def samples(run):
 def update(run, loss, norm, lr):
     """Let the optimizers use the gradients, unless the step is a spike: skipped, said and counted. True if it was used."""
     spike = is_spike(loss, norm, run.norms)
+    if math.isfinite(norm):
+        run.norms.append(norm)
     if spike:
         run.skipped += 1
         run.log.say(f"SKIPPED step {run.step + 1}: loss {loss:.3f}, gradient norm {norm:.3f}, {run.samples()}")
-    else:
-        run.norms.append(norm)
     for optimizer in run.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = lr
@@ -577,7 +584,8 @@ def main(cfg):
     with Stop() as stop:
         while run.step < cfg.steps and not stopping:
             asked = time.perf_counter()
-            batch = next(batches)
+            ids, targets, docs = next(batches)
+            batch = ids, targets, docs if cfg.doc_mask else torch.zeros_like(docs)
             waited += time.perf_counter() - asked
             lr = lr_at(run.step, cfg)
             loss = forward_backward(run.replica, batch, cfg, rt, forwards)
@@ -586,7 +594,7 @@ def main(cfg):
             loss, stopping = all_sum(rt, float(loss) / rt.tp_size, stop.signal is not None)
             bad = 0 if update(run, loss, norm, lr) else bad + 1
             if bad == 10:
-                raise SystemExit(f"step {run.step + 1}: 10 steps in a row were not finite or spiked; --resume goes on from "
+                raise SystemExit(f"step {run.step + 1}: 10 steps in a row were not finite; --resume goes on from "
                                  f"the last save, perhaps with a lower --lr or --grad_clip, or {samples(run)}")
             run.step, run.consumed, run.seconds = run.step + 1, run.consumed + run.rows, time.perf_counter() - start
             log.bar.update(1)
