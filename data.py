@@ -49,6 +49,7 @@ class Config:
     hf_docs: int = 10_000         # documents to take from each of them
     tokenizer: str = "bytes"      # bytes, a file or folder of byte-level BPE, or a tiktoken encoding such as gpt2
     mixture: str = ""             # smollm3, "text=0.8,code=0.2", or stages "0.7:text=1;1.0:code=1"; default: by size
+    passkey: int = 0              # a corpus to learn looking things up: documents of up to so many bytes with a key that recurs
     val_fraction: float = 0.05    # share of the documents held out for validation
     out: str = "out/data"         # folder of the token files
     seq_len: int = 256            # tokens per row
@@ -503,6 +504,30 @@ def math_documents():
         yield "\n".join(problem(rng) for _ in range(rng.randint(4, 12))) + "\n"
 
 
+WORDS = "the a old red blue small slow quick river house bird tree stone walks sings is was over under near and then it".split()
+
+
+def passkey(rng, length, depth):
+    """Passkey retrieval (arXiv 2305.16300) -> (`length` bytes of words with a key such as "#7" at `depth`, 0 to 1, that end in
+    "#"; the key's digit, which comes next)."""
+    words, key = [], rng.choice("0123456789")
+    while sum(map(len, words)) + len(words) < length - 9:
+        words.append(rng.choice(WORDS))
+    words.insert(round(depth * len(words)), f"#{key}")
+    text = " ".join(words)
+    return f"{text:{length - 2}} #", key
+
+
+def passkey_documents(longest):
+    for i in range(2**22 // longest):
+        rng = random.Random(f"passkey {i}")
+        key, length, document = rng.choice("0123456789"), rng.randint(40, longest), ""
+        often = min(0.3, rng.uniform(2, 15) * 5 / length)       # 2 to 15 times, however long it is: far apart where it is long
+        while len(document) < length - 6:
+            document += f"#{key} " if rng.random() < often else f"{rng.choice(WORDS)} "
+        yield document + "\n"
+
+
 # --- your own corpora ------------------------------------------------------------------------------------------------
 
 def find_files(flag, spec):
@@ -558,7 +583,7 @@ def read_hf(name, limit):
         raise ValueError(f"--hf={name}: {one_line(error)}: expected a dataset (pip install datasets)") from None
 
 
-def find_sources(text, jsonl, hf, hf_docs):
+def find_sources(text, jsonl, hf, hf_docs, passkey=0):
     """{source: (function that yields its documents, JSON-able identity: when it changes, the files are built anew)}"""
     found = []
     for flag, spec, read in (("text", text, lambda path: [path.read_bytes()]), ("jsonl", jsonl, read_jsonl)):
@@ -568,6 +593,8 @@ def find_sources(text, jsonl, hf, hf_docs):
     for item in filter(None, hf.split(",")):
         name = re.sub(r"[^\w.-]+", "_", item.split("/")[-1])
         found.append((name, partial(read_hf, item, hf_docs), ["hf", item, hf_docs]))
+    if passkey:
+        found.append((f"passkey{passkey}", partial(passkey_documents, passkey), ["passkey", passkey]))
     for make in () if found else (text_documents, code_documents, math_documents):
         found.append((make.__name__.split("_")[0], make, ["embedded", sys.version]))
     names = [name for name, _, _ in found]
@@ -648,13 +675,13 @@ def is_current(path, prepared):
         return False
 
 
-def prepare(text="", jsonl="", hf="", hf_docs=10_000, tokenizer="bytes", val_fraction=0.05, out="out/data"):
+def prepare(text="", jsonl="", hf="", hf_docs=10_000, tokenizer="bytes", val_fraction=0.05, out="out/data", passkey=0):
     """-> list[Source], from the token files in `out`, which are built if missing or made from other files or settings.
     One process at a time: with several ranks let rank 0 go first. No seed: all runs see the same corpora and split."""
     if not 0 < val_fraction < 1:
         raise ValueError(f"--val_fraction={val_fraction}: expected a number between 0 and 1")
     out, tokenizer, sources = Path(out), get_tokenizer(tokenizer), []
-    for name, (documents, identity) in find_sources(text, jsonl, hf, hf_docs).items():
+    for name, (documents, identity) in find_sources(text, jsonl, hf, hf_docs, passkey).items():
         prepared = hashlib.sha256(json.dumps([FORMAT, tokenizer.name, val_fraction, identity]).encode()).hexdigest()
         paths = [out / f"{name}.{part}.bin" for part in ("train", "val")]
         if not all(is_current(path, prepared) for path in paths):
@@ -1320,7 +1347,7 @@ def show_fertility(cfg):
     """--fertility: the playbook's two numbers for choosing a tokenizer, on words encoded alone: tokens per word, and the share
     of words that continue in a second token. Words are runs of letters and digits, or of signs: where no spaces part them, as
     in Chinese, only tokenizers compare, not languages. bytes/token is that of the running text. -> {tokenizer: {source: row}}."""
-    metrics, sources = {}, find_sources(cfg.text, cfg.jsonl, cfg.hf, cfg.hf_docs)
+    metrics, sources = {}, find_sources(cfg.text, cfg.jsonl, cfg.hf, cfg.hf_docs, cfg.passkey)
     tokenizers = {name: get_tokenizer(name) for name in map(str.strip, cfg.tokenizer.split(","))}
     print(f"{'tokenizer':24}{'ids':>9}  {'source':12}{'words':>12}{'fertility':>11}{'continued':>11}{'bytes/token':>13}")
     for name, (source, (documents, _)) in itertools.product(tokenizers, sources.items()):
@@ -1377,7 +1404,7 @@ def main(cfg):
             raise SystemExit(f"data.py: {error}") from None
     try:
         tokenizer, plan_rows = get_tokenizer(cfg.tokenizer), cfg.plan_tokens // cfg.seq_len
-        sources = prepare(cfg.text, cfg.jsonl, cfg.hf, cfg.hf_docs, tokenizer, cfg.val_fraction, cfg.out)
+        sources = prepare(cfg.text, cfg.jsonl, cfg.hf, cfg.hf_docs, tokenizer, cfg.val_fraction, cfg.out, cfg.passkey)
         loader = Loader(sources, cfg.mixture, cfg.seq_len, plan_rows, cfg.seed)
         for x in [x for s in sources for x in (s.train, s.val) if cfg.verify]:
             open_bin(x.filename, verify=True)

@@ -12,7 +12,7 @@
 Read main() first: it is the whole story. A step is an optimizer step. Everything random is a function of (seed, sample
 index), so the only state of the data is one integer, and evaluating more often changes nothing.
 """
-import contextlib, dataclasses, gc, io, itertools, json, lzma, math, statistics, sys, time
+import contextlib, dataclasses, gc, io, itertools, json, lzma, math, random, re, statistics, sys, time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +38,7 @@ class Config(nano.Config, Machine):
     tokenizer: str = "bytes"       # bytes, a file or folder (tokenizer.json, tokenizer.model), or a tiktoken name such as gpt2
     mixture: str = ""              # smollm3, "text=0.8,code=0.2", or stages "0.7:...;1.0:..."; default: smollm3 or by size
     doc_mask: bool = True          # attention stays within the documents of a row; false: it sees the whole row
+    passkey: str = ""              # "256,1024": learn to find keys again, in documents of up to a row; probed at these lengths
     val_fraction: float = 0.05     # held out, by document
     skip_samples: str = ""         # "a:b,c:d": leave out rows a to b-1 of the run's order (after a loss spike)
     # optimization
@@ -199,6 +200,26 @@ def evaluate(model, sources, cfg, rt, max_tokens=2**17):
     return result
 
 
+DEPTHS = 0, 0.25, 0.5, 0.75, 1
+
+
+def retrieval(model, tokenizer, lengths, problems=20):
+    """{length, and " YaRN" where it is: % of keys found at each of DEPTHS}: data.passkey, one forward pass each. Beyond the
+    rows of training as the model is and with YaRN, which needs no training; by chance a tenth is right."""
+    config, T, found = model.config, model.config.max_position_embeddings, {}
+    for length, yarn in ((n, y) for n in lengths for y in (False, True)[: 1 + (n > T and config.rope_factor == 1)]):
+        more = dict(rope_factor=length / T, original_max_position_embeddings=T) if yarn else {}
+        model.config, scores = dataclasses.replace(config, max_position_embeddings=max(T, length), **more), []
+        for depth in DEPTHS:
+            asked = [data.passkey(random.Random(f"{length} {depth} {i}"), length, depth) for i in range(problems)]
+            answers = nano.generate(model, [tokenizer.encode(prompt) for prompt, _ in asked], 1, temperature=0)
+            right = sum(tokenizer.decode(ids) == key for (ids, _), (_, key) in zip(answers, asked))
+            scores.append(100 * right / problems)
+        found[f"{length}{' YaRN' * yarn}"] = scores
+    model.config = config
+    return found
+
+
 def lzma_bpb(source, tokenizer, max_tokens=2**21):
     """Bits per byte of a good general compressor on the same held-out text: the yardstick beside the model's."""
     tokens = source.val[:max_tokens]
@@ -312,6 +333,8 @@ def check(cfg, rt):
              f"--max_position_embeddings={T}" + f" times {rt.dp_size} replicas" * (rt.dp_size > 1) + " expected"),
             (cfg.micro_batch < 0 or cfg.micro_batch and rows % cfg.micro_batch,
              f"--micro_batch={cfg.micro_batch}: a divisor of the step's {rows} rows expected"),
+            (cfg.passkey and (cfg.tokenizer != "bytes" or not re.fullmatch(r"[1-9]\d+(,[1-9]\d+)*", cfg.passkey)),
+             f"--passkey={cfg.passkey}: row lengths such as 256,1024 and --tokenizer=bytes expected"),
             (cfg.resume and cfg.overwrite, "--resume and --overwrite: one of them expected")):
         if bad:
             raise SystemExit(message)
@@ -437,7 +460,7 @@ def begin(cfg, rt):
         with in_turn(rt):
             tokenizer = data.get_tokenizer(cfg.tokenizer)
             sources = data.prepare(text=cfg.text, jsonl=cfg.jsonl, hf=cfg.hf, tokenizer=tokenizer,
-                                   val_fraction=cfg.val_fraction, out=out.parent / "data")
+                                   val_fraction=cfg.val_fraction, out=out.parent / "data", passkey=T if cfg.passkey else 0)
         loader = data.Loader(sources, cfg.mixture, T, cfg.steps * rows, cfg.seed, cfg.skip_samples)
         for s in sources:  # better now than at the first evaluation
             data.count_rows(f"{s.name}.val", s.val, T)
@@ -633,6 +656,11 @@ def main(cfg):
         return totals | {"stopped": stop.signal or "another rank's signal"}
     scores = evaluate(run.model, run.sources, cfg, rt)
     result = totals | scored(run, scores)
+    if cfg.passkey:
+        result["passkey"] = retrieval(run.model, run.tokenizer, [int(n) for n in cfg.passkey.split(",")])
+        log.say("\nkeys found, %    at" + "".join(f"{depth:7.0%}" for depth in DEPTHS) + " of the row")
+        for name, each in result["passkey"].items():
+            log.say(f"{name:19}" + "".join(f"{x:7.0f}" for x in each))
     log.row(final=True, **result)
     log.close()
     report(run, scores)

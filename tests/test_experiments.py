@@ -1,11 +1,12 @@
 """Ablations, sweeps and curves: one change at a time, paired by seed, verdicts that know their noise, nothing run twice."""
-import io, json, math, sys
+import io, json, math, random, sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
-import infra, model as nano, processes, train
+import data, infra, model as nano, processes, train
 
 
 @pytest.fixture
@@ -152,3 +153,75 @@ def test_a_picture_is_written_if_matplotlib_is_there(tmp_path, monkeypatch):
     log("one", [dict(step=s, loss=4.0 - s) for s in range(4)])
     infra.plot(["one"], infra.Plot(png="x.png", y="loss"))
     assert Path("x.png").read_bytes()[:4] == b"\x89PNG"
+
+
+# --- long context ----------------------------------------------------------------------------------------------------
+
+@pytest.mark.parametrize("depth", train.DEPTHS)
+def test_a_passkey_prompt_is_as_long_as_asked_and_holds_its_key_once_at_its_depth(depth):
+    for length in (64, 256, 1000):
+        prompt, key = data.passkey(random.Random(length), length, depth)
+        at = prompt.index("#")
+        assert len(prompt.encode()) == length and prompt.endswith(" #") and prompt.count("#") == 2 and prompt[at + 1] == key
+        assert sum(c.isdigit() for c in prompt) == 1 and abs(at / length - depth) < 12 / length + 0.02
+
+
+def test_passkey_documents_differ_in_key_and_length_and_repeat_their_key():
+    documents = list(data.passkey_documents(256))[:500]
+    assert documents == list(data.passkey_documents(256))[:500] and len(set(documents)) == 500
+    keys = [{d[i + 1] for i, c in enumerate(d) if c == "#"} for d in documents]
+    assert max(map(len, keys)) == 1 and len(set().union(*keys)) == 10
+    assert max(map(len, documents)) <= 256 and min(map(len, documents)) < 60
+
+
+class Reader(torch.nn.Module):
+    """A stand-in for the model, of which only the configuration is looked at."""
+    config = nano.Config(max_position_embeddings=64)
+
+
+@pytest.mark.parametrize("factor, rows", [(1.0, ["32", "64", "128", "128 YaRN", "256", "256 YaRN"]), (2.0, ["32", "64", "128", "256"])])
+def test_retrieval_counts_keys_found_by_depth_with_and_without_yarn_beyond_the_trained_rows(monkeypatch, factor, rows):
+    model, seen, tokenizer = Reader(), [], data.get_tokenizer("bytes")
+    model.config = nano.Config(max_position_embeddings=64, rope_factor=factor, original_max_position_embeddings=32)
+
+    def generate(m, prompts, n, temperature):
+        c = m.config
+        seen.append((len(prompts[0]), c.rope_factor, c.original_max_position_embeddings, c.max_position_embeddings))
+        texts = [bytes(p).decode() for p in prompts]        # it reads no further back than 64 bytes, without YaRN
+        sees = [t[t.index("#") + 1] if t.index("#") >= len(t) - 64 * c.rope_factor / factor else "x" for t in texts]
+        return [(list(x.encode()), [0.0]) for x in sees]
+    monkeypatch.setattr(nano, "generate", generate)
+    found, before = train.retrieval(model, tokenizer, [32, 64, 128, 256], problems=3), model.config
+    assert list(found) == rows and found["64"] == [100.0] * 5 and found["128"] == [0, 0, found["128"][2], 100, 100]
+    assert model.config.rope_factor == factor and model.config is before
+    if factor == 1:
+        assert found["256 YaRN"] == [100.0] * 5 and (256, 4.0, 64, 256) in seen and (256, 1.0, 32, 256) in seen
+
+
+def test_a_run_with_passkeys_trains_on_them_probes_them_and_logs_what_was_found(cfg, capsys):
+    result = train.main(cfg(text="", passkey="32,64", max_position_embeddings=64))
+    assert list(result["val_bpb"]) == ["passkey64"] and list(result["passkey"]) == ["32", "64"]
+    assert infra.curve("out/base", "step", "loss") and '"passkey": {"32": [' in Path("out/base/metrics.jsonl").read_text()
+    assert "keys found, %" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("change", [dict(passkey="256,"), dict(passkey="0"), dict(passkey="long"), dict(passkey="64", tokenizer="gpt2")])
+def test_passkey_lengths_that_are_none_are_one_line(cfg, change):
+    with pytest.raises(SystemExit, match=r"^--passkey=[^\n]*expected$"):
+        train.main(cfg(**change))
+
+
+# --- document masks --------------------------------------------------------------------------------------------------
+
+def test_without_doc_mask_training_and_evaluation_look_across_documents(cfg, monkeypatch):
+    Path("docs.jsonl").write_text("".join(json.dumps(dict(text=f"doc {i} " + "ab" * (i % 9))) + "\n" for i in range(300)))
+    given, forward = [], nano.Transformer.forward
+
+    def spy(self, ids, docs=None, *rest, **more):
+        given.append(docs is not None)
+        return forward(self, ids, docs, *rest, **more)
+    monkeypatch.setattr(nano.Transformer, "forward", spy)
+    for mask in (True, False):
+        given.clear()
+        train.main(cfg(text="", jsonl="docs.jsonl", doc_mask=mask, out=f"out/{mask}"))
+        assert set(given) == {mask}

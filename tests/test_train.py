@@ -146,6 +146,13 @@ def test_embeddings_and_norms_are_not_decayed_and_every_parameter_is_optimized_o
     assert all(g["betas"] == (0.9, 0.95) for g in adamw)
 
 
+def test_decay_embeddings_decays_them_and_still_no_norm():
+    cfg = train.Config(weight_decay=0.3, decay_embeddings=True, vocab_size=320)
+    m = nano.Transformer(nano.shape_of(cfg))
+    decays = {id(p): g["weight_decay"] for o in train.make_optimizers(m, cfg) for g in o.param_groups for p in g["params"]}
+    assert {name for name, p in m.named_parameters() if not decays[id(p)]} == {n for n, _ in m.named_parameters() if "norm" in n}
+
+
 def test_optimizer_state_is_saved_by_name_and_comes_back():
     cfg = train.Config(vocab_size=64, hidden_size=16, num_attention_heads=2, num_key_value_heads=1, num_hidden_layers=1)
     m = nano.Transformer(nano.shape_of(cfg))
