@@ -15,8 +15,8 @@
 
 Importing this file measures nothing and starts nothing.
 """
-import contextlib, ctypes, dataclasses, datetime, difflib, errno, inspect, itertools, json, math, mmap, os, platform, random, re
-import shutil, signal, statistics, subprocess, sys, threading, time, tomllib, tracemalloc
+import contextlib, ctypes, dataclasses, datetime, difflib, errno, fnmatch, inspect, itertools, json, math, mmap, os, platform, random
+import re, shutil, signal, statistics, subprocess, sys, threading, time, tomllib, tracemalloc
 from collections import namedtuple
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -1358,32 +1358,42 @@ None is true, or you are not sure: don't train, fine-tune: {tuning / tokens:.2%}
 @dataclasses.dataclass
 class Plot:
     x: str = "step"                # step, tokens or seconds
-    y: str = "loss"                # what metrics.jsonl holds: loss, val_bpb.text, reward, completions/mean_length, ...; several: a,b
+    y: str = "loss"                # what metrics.jsonl holds: loss, val_bpb.text, "val_bpb.*", reward, ...; a,b: two drawings
+    chain: bool = False            # each run begins where the one before it ended: the stages of one story
     smooth: int = 1                # mean of so many rows
     png: str = ""                  # write this picture (needs matplotlib); default: draw in the terminal
     width: int = 76                # columns of that drawing
 
 
-def curve(directory, x, y, smooth=1):
-    """[(x, y)] from a run's metrics.jsonl; a dot in y leads into a nested value."""
-    path, points = Path(directory) / "metrics.jsonl", []
+def logged(directory, x):
+    """A run's metrics.jsonl -> {name: [(x, y)]}; of a nested value the name is outer.inner."""
+    path, found = Path(directory) / "metrics.jsonl", {}
     try:
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
     except (OSError, ValueError) as e:
         raise SystemExit(f"{path}: {e}: the log of a run expected") from None
     for row in rows:
-        value = row.get(y)
-        if value is None and "." in y:
-            outer, _, inner = y.partition(".")
-            value = (row.get(outer) or {}).get(inner)
-        if isinstance(value, int | float) and isinstance(row.get(x), int | float):
-            points.append((row[x], value))
-    if not points:
-        names = sorted({k for row in rows for k, v in row.items() if isinstance(v, int | float)}
-                       | {f"{k}.{inner}" for row in rows for k, v in row.items() if isinstance(v, dict) for inner in v})
-        raise SystemExit(f"{path}: no {y} over {x}: one of {', '.join(names)} expected")
-    means = [statistics.fmean(v for _, v in points[max(0, i + 1 - smooth):i + 1]) for i in range(len(points))]
-    return [(at, mean) for (at, _), mean in zip(points, means)]
+        inner = {f"{k}.{i}": v for k, d in row.items() if isinstance(d, dict) for i, v in d.items()}
+        for k, v in (row | inner).items():
+            if isinstance(v, int | float) and not isinstance(v, bool) and x in row:
+                found.setdefault(k, []).append((row[x], v))
+    return found
+
+
+def curves(directories, y, p):
+    """{label: [(x, y)]} of all runs that log what y says."""
+    found, begin, names = {}, 0, set()
+    for d in directories:
+        log = logged(d, p.x)
+        names |= set(log)
+        for name in (name for name in log if fnmatch.fnmatchcase(name, y)):
+            means = [statistics.fmean(v for _, v in log[name][max(0, i + 1 - p.smooth):i + 1]) for i in range(len(log[name]))]
+            label = name if p.chain else d if name == y else f"{d} {name}"
+            found.setdefault(label, []).extend((begin + at, mean) for (at, _), mean in zip(log[name], means))
+        begin += p.chain and max(at for points in log.values() for at, _ in points)
+    if not found:
+        raise SystemExit(f"{', '.join(directories)}: no {y} over {p.x}: one of {', '.join(sorted(names))} expected")
+    return found
 
 
 def draw(curves, width, height=16):
@@ -1402,12 +1412,12 @@ def draw(curves, width, height=16):
 
 
 def plot(directories, p):
-    """`python infra.py plot`: draw metrics of runs over each other -> {y: {directory: points}}."""
+    """`python infra.py plot`: draw metrics of runs over each other -> {y: {label: points}}."""
     if not directories or p.smooth < 1 or p.width < 10:
         raise SystemExit("plot: run directories expected, --smooth of 1 or more, --width of 10 or more")
-    found = {y: {d: curve(d, p.x, y, p.smooth) for d in directories} for y in p.y.split(",")}
-    for y, curves in found.items() if not p.png else ():
-        print("\n".join([f"{y} over {p.x}", *draw(curves, p.width), ""]))
+    found = {y: curves(directories, y, p) for y in p.y.split(",")}
+    for y, drawn in found.items() if not p.png else ():
+        print("\n".join([f"{y} over {p.x}", *draw(drawn, p.width), ""]))
     if p.png:
         try:
             import matplotlib
@@ -1416,8 +1426,8 @@ def plot(directories, p):
         matplotlib.use("Agg")
         from matplotlib import pyplot
         figure, axes = pyplot.subplots(1, len(found), figsize=(5 * len(found), 3.6), squeeze=False, layout="constrained")
-        for axis, (y, curves) in zip(axes[0], found.items()):
-            for name, points in curves.items():
+        for axis, (y, drawn) in zip(axes[0], found.items()):
+            for name, points in drawn.items():
                 axis.plot(*zip(*points), label=name)
             axis.set(xlabel=p.x, ylabel=y), axis.legend(frameon=False, fontsize=8), axis.spines[["top", "right"]].set_visible(False)
         with atomic(p.png) as f:

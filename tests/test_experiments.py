@@ -138,9 +138,13 @@ def test_curves_are_drawn_to_scale_smoothed_and_nested(tmp_path, monkeypatch, ca
     lines = capsys.readouterr().out.splitlines()
     assert lines[1] == f"{4:>10} |a            " and lines[16] == f"{1:>10} |            a" and lines[11].endswith("|b   b   b   b")
     assert "a: one, ends at 1" in lines and "b: two, ends at 2" in lines
-    assert infra.curve("one", "seconds", "val_bpb.text", 2) == [(0.0, 0.0), (2.0, 0.5), (4.0, 1.5), (6.0, 2.5)]
+    assert infra.plot(["one"], infra.Plot(x="seconds", y="val_bpb.*", smooth=2)) == {"val_bpb.*": {"one val_bpb.text": [
+        (0.0, 0.0), (2.0, 0.5), (4.0, 1.5), (6.0, 2.5)]}}
+    assert infra.plot(["two", "one"], infra.Plot(y="loss", chain=True))["loss"] == {"loss": [
+        (0, 2.0), (1, 2.0), (2, 2.0), (3, 2.0), (9, 4.0), (10, 3.0), (11, 2.0), (12, 1.0)]}
+    assert list(infra.plot(["two", "one"], infra.Plot(y="val_bpb.text,loss"))["val_bpb.text"]) == ["one"]   # two has none
     for directory, y, message in (("none", "loss", "none/metrics.jsonl: .*the log of a run expected"),
-                                  ("one", "acc", "one/metrics.jsonl: no acc over step: one of loss, seconds, step, val_bpb.text expected")):
+                                  ("one", "acc", "one: no acc over step: one of loss, seconds, step, val_bpb.text expected")):
         with pytest.raises(SystemExit, match=message):
             infra.plot([directory], infra.Plot(y=y))
     with pytest.raises(SystemExit, match="run directories expected"):
@@ -201,7 +205,7 @@ def test_retrieval_counts_keys_found_by_depth_with_and_without_yarn_beyond_the_t
 def test_a_run_with_passkeys_trains_on_them_probes_them_and_logs_what_was_found(cfg, capsys):
     result = train.main(cfg(text="", passkey="32,64", max_position_embeddings=64))
     assert list(result["val_bpb"]) == ["passkey64"] and list(result["passkey"]) == ["32", "64"]
-    assert infra.curve("out/base", "step", "loss") and '"passkey": {"32": [' in Path("out/base/metrics.jsonl").read_text()
+    assert '"passkey": {"32": [' in Path("out/base/metrics.jsonl").read_text()
     assert "keys found, %" in capsys.readouterr().out
 
 
