@@ -49,11 +49,11 @@ class Config:
     hf_docs: int = 10_000         # documents to take from each of them
     tokenizer: str = "bytes"      # bytes, a file or folder of byte-level BPE, or a tiktoken encoding such as gpt2
     mixture: str = ""             # smollm3, "text=0.8,code=0.2", or stages "0.7:text=1;1.0:code=1"; default: by size
-    passkey: int = 0              # a corpus to learn looking things up: documents of up to so many bytes with a key that recurs
+    passkey: int = 0              # a corpus to learn looking things up: documents of up to so many bytes (40 or more; 0: none)
     val_fraction: float = 0.05    # share of the documents held out for validation
     out: str = "out/data"         # folder of the token files
     seq_len: int = 256            # tokens per row
-    plan_tokens: int = 2_867_200  # length of the run whose epochs the table counts
+    plan_tokens: int = 2_867_200  # length of the run whose epochs the table counts; default: that of train.py
     seed: int = 0                 # order of the rows; corpora and split do not depend on it
     fertility: bool = False       # print tokens per word of each --tokenizer=A,B,... on the corpora, no more
     verify: bool = False          # compare every token file with its checksum
@@ -217,6 +217,7 @@ def read_tokenizer(path):
     except Exception as error:      # broken files raise all kinds of it
         told = str(error) if ": expected" in str(error) else f"{type(error).__name__} {one_line(error)}: expected byte-level BPE"
         raise ValueError(f"{file}: {told}") from None
+    # What to_hf has written of "bytes" is "bytes" again, not a BPE that is named after a hash.
     return plain if result.size == plain.size and tokenizer_json(result) == tokenizer_json(plain) else result
 
 
@@ -354,6 +355,7 @@ def tokenizer_json(tokenizer):
     text = lambda token: "".join(CHARS[b] for b in token)
     plain = dict(single_word=False, lstrip=False, rstrip=False, normalized=False)
     special = lambda s: s not in spec["added"] and s not in SPECIALS[4:]        # those would vanish with skip_special_tokens
+    # {1,3}+ is possessive to tiktoken, "repeated" to Oniguruma; where a branch ends with it, as cl100k's does, {1,3} is the same.
     split = lambda p: dict(type="Split", pattern=dict(Regex=re.sub(r"(\{\d,\d\})\+", r"\1", p)), behavior="Removed", invert=True)
     level = dict(type="ByteLevel", add_prefix_space=False, trim_offsets=True, use_regex=False)
     bos = {by_id[i]: dict(id=by_id[i], ids=[i], tokens=[by_id[i]]) for i in [tokenizer.bos] if i is not None}
@@ -415,21 +417,17 @@ def read_meta(path):
 def open_bin(path, vocab_size=None, tokenizer=None, verify=False):
     """Token file -> read-only memmap (tokens,) uint16 | uint32, checked against its sidecar and the arguments."""
     path, meta = Path(path), read_meta(path)
-    if meta["dtype"] not in ("uint16", "uint32"):
-        raise ValueError(f"{path}: dtype {meta['dtype']!r} in its sidecar: expected uint16 or uint32")
-    if tokenizer and meta["tokenizer"] != tokenizer:
-        raise ValueError(f"{path}: made with tokenizer {meta['tokenizer']}: expected {tokenizer}")
+    need(meta["dtype"] in ("uint16", "uint32"), f"{path}: dtype {meta['dtype']!r} in its sidecar", "uint16 or uint32")
+    need(tokenizer in (None, meta["tokenizer"]), f"{path}: made with tokenizer {meta['tokenizer']}", tokenizer)
     dtype, size = np.dtype(meta["dtype"]).newbyteorder("<"), path.stat().st_size if path.exists() else 0
-    if size != meta["tokens"] * dtype.itemsize:
-        raise ValueError(f"{path}: {size} bytes, truncated or not {meta['dtype']}: expected "
-                         f"{meta['tokens'] * dtype.itemsize} for {meta['tokens']} tokens; delete it to rebuild")
-    if size == 0:
-        raise ValueError(f"{path}: empty corpus: expected at least one token")
+    whole = meta["tokens"] * dtype.itemsize
+    need(size == whole, f"{path}: {size} bytes, truncated or not {meta['dtype']}",
+         f"{whole} for {meta['tokens']} tokens; delete it to rebuild")
+    need(size, f"{path}: empty corpus", "at least one token")
     tokens, limit, edge = np.memmap(path, dtype, "r"), vocab_size or meta["vocab_size"], 2**26 // dtype.itemsize
     # The first and last 64 MB only: a wrong dtype or tokenizer shows at once, and reading terabytes would take hours.
     highest = max(tokens[:edge].max(), tokens[-edge:].max())
-    if highest >= limit:
-        raise ValueError(f"{path}: holds token {highest}: expected ids below the vocabulary size {limit}")
+    need(highest < limit, f"{path}: holds token {highest}", f"ids below the vocabulary size {limit}")
     if verify and hashlib.sha256(tokens).hexdigest() != meta["sha256"]:         # reads all of it
         raise ValueError(f"{path}: other content than recorded: expected sha256 {meta['sha256']}; delete it to rebuild")
     return tokens
@@ -578,7 +576,7 @@ def read_hf(name, limit):
         import datasets
         repository, _, config = name.partition(":")
         rows = datasets.load_dataset(repository, config or None, split="train", streaming=True)
-        yield from (row["text"] for row in itertools.islice(rows, limit))
+        yield from map(text_of, itertools.islice(rows, limit))
     except Exception as error:      # not installed, no network, no such dataset, no key "text": their own message
         raise ValueError(f"--hf={name}: {one_line(error)}: expected a dataset (pip install datasets)") from None
 
@@ -590,10 +588,11 @@ def find_sources(text, jsonl, hf, hf_docs, passkey=0):
         for name, files in find_files(flag, spec):
             identity = [flag, *((str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files)]
             found.append((name, lambda f=files, read=read: itertools.chain.from_iterable(map(read, f)), identity))
-    for item in filter(None, hf.split(",")):
+    for item in filter(None, map(str.strip, hf.split(","))):
         name = re.sub(r"[^\w.-]+", "_", item.split("/")[-1])
         found.append((name, partial(read_hf, item, hf_docs), ["hf", item, hf_docs]))
     if passkey:
+        need(passkey >= 40, f"passkey documents of up to {passkey} bytes", "40 or more, for the shortest")
         found.append((f"passkey{passkey}", partial(passkey_documents, passkey), ["passkey", passkey]))
     for make in () if found else (text_documents, code_documents, math_documents):
         found.append((make.__name__.split("_")[0], make, ["embedded", sys.version]))
@@ -640,8 +639,10 @@ def build(name, documents, tokenizer, val_fraction, out, prepared, tail=False):
             cut = len(document) * (number >= val_fraction)
             if facts["split"] == "tail":
                 cut = int((1 - val_fraction) * len(document))
-            held.extend([document[cut:]] if cut < len(document) else [])
-            yield from [document[:cut]] if cut else []
+            if cut < len(document):
+                held.append(document[cut:])
+            if cut:
+                yield document[:cut]
 
     meta = write_bin(out / f"{name}.train.bin", train_documents(), tokenizer, name, facts)
     if facts["split"] == "document" and not (held and meta["tokens"]):
@@ -664,7 +665,7 @@ def overlap(train, held, tokenizer):
     deduplication leaves. From the first 200,000 sequences and 2^24 tokens, to bound the time."""
     end = tokenizer.pieces[tokenizer.eos]
     wanted = set(itertools.islice(ngrams(end.join(held), end), 200_000))
-    chunks = (tokenizer.decode_bytes(train[i:min(i + 2**20, 2**24)]) for i in range(0, min(len(train), 2**24), 2**20))
+    chunks = (tokenizer.decode_bytes(train[i:i + 2**20]) for i in range(0, min(len(train), 2**24), 2**20))
     return len({words for chunk in chunks for words in ngrams(chunk, end) if words in wanted}) / max(1, len(wanted))
 
 
@@ -678,8 +679,7 @@ def is_current(path, prepared):
 def prepare(text="", jsonl="", hf="", hf_docs=10_000, tokenizer="bytes", val_fraction=0.05, out="out/data", passkey=0):
     """-> list[Source], from the token files in `out`, which are built if missing or made from other files or settings.
     One process at a time: with several ranks let rank 0 go first. No seed: all runs see the same corpora and split."""
-    if not 0 < val_fraction < 1:
-        raise ValueError(f"--val_fraction={val_fraction}: expected a number between 0 and 1")
+    need(0 < val_fraction < 1, f"--val_fraction={val_fraction}", "a number between 0 and 1")
     out, tokenizer, sources = Path(out), get_tokenizer(tokenizer), []
     for name, (documents, identity) in find_sources(text, jsonl, hf, hf_docs, passkey).items():
         prepared = hashlib.sha256(json.dumps([FORMAT, tokenizer.name, val_fraction, identity]).encode()).hexdigest()
@@ -694,9 +694,9 @@ def prepare(text="", jsonl="", hf="", hf_docs=10_000, tokenizer="bytes", val_fra
 # --- mixture and shuffle ---------------------------------------------------------------------------------------------
 
 def parse_mixture(spec, sizes):
-    """Preset, "a=0.8,b=0.2", "0.7:a=1;1.0:a=0.5,b=0.5", "" or a list as in MIXTURES; sizes: source -> tokens.
+    """Preset, "a=0.8,b=0.2", "0.7:a=1;1.0:a=0.5,b=0.5" or ""; sizes: source -> tokens.
     -> [(share of the run at which the stage ends, {source: weight})], the weights of a stage summing to 1."""
-    stages = MIXTURES.get(spec or "smollm3") if isinstance(spec, str) else spec
+    stages = MIXTURES.get(spec or "smollm3")
     try:
         if spec == "" and set(sizes) != set(stages[0][1]):
             stages = [(1.0, sizes)]
@@ -708,7 +708,7 @@ def parse_mixture(spec, sizes):
     except ValueError:
         raise ValueError(f'--mixture={spec}: expected smollm3, "a=0.8,b=0.2" or "0.7:a=1;1.0:a=0.5,b=0.5"') from None
     ends = [end for end, _ in stages]
-    if ends != sorted(set(ends)) or not ends[0] > 0 or abs(ends[-1] - 1) > 1e-9:
+    if ends != sorted(set(ends)) or not ends[0] > 0 or not abs(ends[-1] - 1) < 1e-9:
         raise ValueError(f"--mixture={spec}: stages end at {ends}: expected rising shares of the run, the last one 1.0")
     for _, weights in stages:
         if unknown := sorted(set(weights) - set(sizes)):
@@ -797,11 +797,11 @@ class Loader:
         self.n_rows = [count_rows(s.name + ".train", s.train, seq_len) for s in sources]
         self.mixture = parse_mixture(mixture, {s.name: len(s.train) for s in sources})
         start, drawn = 0, np.zeros(len(sources), np.int64)
-        for number, (end, weights) in enumerate(self.mixture):
+        for i, (end, weights) in enumerate(self.mixture):
             exact = np.array(list(weights.values())) * SLOTS
             counts = np.floor(exact).astype(np.int64)           # then one more for the largest remainders
             counts[np.argsort(counts - exact, kind="stable")[:SLOTS - counts.sum()]] += 1
-            order = [permute(i, SLOTS, (seed, number)) for i in range(SLOTS)]
+            order = [permute(slot, SLOTS, (seed, i)) for slot in range(SLOTS)]
             pattern = np.repeat(np.arange(len(sources)), counts)[order]
             before = np.zeros((SLOTS + 1, len(sources)), np.int64)      # rows of each source in the first i slots
             before[1:] = np.cumsum(pattern[:, None] == np.arange(len(sources)), axis=0)
@@ -835,7 +835,7 @@ class Loader:
         return f"{self.sources[s].name} row {row} (epoch {epoch})"
 
     def rows(self, start, n):
-        """The start-th to (start + n)-th row that is trained on -> (n, seq_len + 1) int64."""
+        """The n rows that are trained on from the start-th on, counted from 0 -> (n, seq_len + 1) int64."""
         out, T = np.empty((n, self.seq_len + 1), np.int64), self.seq_len
         for k in range(n):
             s, row, _ = self.locate(self.number(start + k))
@@ -1168,7 +1168,7 @@ def normalize(example):
     """A row of a data set, told by its keys (FORMATS) -> one of
         {"messages", "mode"}  {"prompt", "chosen", "rejected", "mode"}  {"prompt", "choices", "answer": index}
         {"prompt", "answer": text}, GSM8K's rows with "messages" and "mode" besides  {"text"}
-    with "tools" if the row has them; all but text, choices, answer and tools are lists of messages, {"role", "content"}.
+    Rows with chats keep their "tools"; messages, prompt, chosen and rejected are lists of {"role", "content"}.
 
     mode: a flag in the system message, else the row's own "mode" or chat_template_kwargs (smoltalk2), else think if an answer
     begins with <think>, else no_think; there, such reasoning is taken out. Raises Dropped, or ValueError saying what is wrong.
@@ -1209,15 +1209,13 @@ def normalize(example):
 
 def read_examples(path, dropped):
     """JSONL in any of the FORMATS -> (file:line, normalized row) each; what is dropped is counted by its reason."""
-    numbers = itertools.count(1)
-
     def read(row):
-        number = next(numbers)
         try:
-            return row if row is None else (f"{path}:{number}", normalize(row))
+            return None if row is None else normalize(row)
         except Dropped as reason:
             dropped[str(reason)] = dropped.get(str(reason), 0) + 1
-    return filter(None, read_rows(path, read, FORMATS))
+    rows = enumerate(read_rows(path, read, FORMATS), 1)     # one for every line, None where it is blank or dropped
+    return ((f"{path}:{number}", row) for number, row in rows if row is not None)
 
 
 # --- packing chats ---------------------------------------------------------------------------------------------------
@@ -1373,7 +1371,7 @@ def show_chat(ids, mask, tokenizer):
 
 def show_chats(cfg, tokenizer, limit=5):
     """--show: print the first rows, of pairs both answers; render them all, count, and return the counts."""
-    dropped, counts = {}, dict(rows=0, chats=0, tokens=0, trained=0)
+    dropped, counts = {}, Counter(rows=0, chats=0, tokens=0, trained=0)
     for where, row in [("sums", row) for row in sum_chats(2)] if cfg.show == "sums" else read_examples(cfg.show, dropped):
         counts["rows"] += 1
         names = [k for k in ("messages", "chosen", "rejected") if k in row]
@@ -1383,8 +1381,7 @@ def show_chats(cfg, tokenizer, limit=5):
                                    row.get("tools"), tokenizer=tokenizer)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
-            for k, n in zip(("chats", "tokens", "trained"), (1, len(ids), sum(mask))):
-                counts[k] += n
+            counts.update(chats=1, tokens=len(ids), trained=sum(mask))
             if counts["rows"] <= limit:
                 print(f"--- {where}, {name}, mode {row['mode']}: {len(ids)} tokens, {sum(mask)} trained")
                 show_chat(ids, mask, tokenizer)
@@ -1397,18 +1394,16 @@ def show_chats(cfg, tokenizer, limit=5):
 
 def main(cfg):
     """Prepare and show. Returns {source: documents, tokens, val_tokens, overlap, epochs, ...}."""
-    if cfg.show or cfg.fertility:
-        try:
-            return show_fertility(cfg) if cfg.fertility else show_chats(cfg, get_tokenizer(cfg.tokenizer))
-        except (ValueError, OSError) as error:
-            raise SystemExit(f"data.py: {error}") from None
     try:
+        if cfg.show or cfg.fertility:
+            return show_fertility(cfg) if cfg.fertility else show_chats(cfg, get_tokenizer(cfg.tokenizer))
+        need(cfg.seq_len > 0, f"--seq_len={cfg.seq_len}", "1 or more")
         tokenizer, plan_rows = get_tokenizer(cfg.tokenizer), cfg.plan_tokens // cfg.seq_len
         sources = prepare(cfg.text, cfg.jsonl, cfg.hf, cfg.hf_docs, tokenizer, cfg.val_fraction, cfg.out, cfg.passkey)
         loader = Loader(sources, cfg.mixture, cfg.seq_len, plan_rows, cfg.seed)
-        for x in [x for s in sources for x in (s.train, s.val) if cfg.verify]:
-            open_bin(x.filename, verify=True)
-            print(f"{x.filename}: sha256 as recorded")
+        for tokens in [part for s in sources for part in (s.train, s.val)] if cfg.verify else ():
+            open_bin(tokens.filename, verify=True)
+            print(f"{tokens.filename}: sha256 as recorded")
     except (ValueError, OSError) as error:
         raise SystemExit(f"data.py: {error}") from None
     print(f"\n{cfg.tokenizer}: {tokenizer.vocab_size} ids. Run: {cfg.plan_tokens:,} tokens in rows of {cfg.seq_len}.\n")

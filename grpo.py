@@ -13,7 +13,6 @@ function of (seed, number of the problem, number of the answer): a run that is r
 """
 import copy, dataclasses, importlib.util, json, math, statistics, sys, time, zlib
 from dataclasses import dataclass
-from pathlib import Path
 from types import SimpleNamespace
 
 import torch
@@ -265,7 +264,7 @@ def rollout(run):
 
 
 def summary(run, samples):
-    """Samples of a step, or of an evaluation's -> metrics under TRL's names."""
+    """All answers of a step, groups side by side -> metrics under TRL's names."""
     lengths, G = [s["tokens"] for s in samples], run.cfg.num_generations
     groups = [[s["reward"] for s in samples[i:i + G] if not math.isnan(s["reward"])] for i in range(0, len(samples), G)]
     known = [r for group in groups for r in group]
@@ -512,8 +511,7 @@ def main(cfg):
                 # where nothing was learnt, momentum must not go on: Muon's steps are as long whatever it is
                 bad = 0 if norm == 0 or train.update(run, loss, norm, lr) else bad + 1
                 if bad == 10:
-                    raise SystemExit(f"step {run.step + 1}: 10 steps in a row were not finite: "
-                                     f"a lower --lr expected")
+                    raise SystemExit(f"step {run.step + 1}: 10 steps in a row were not finite: a lower --lr expected")
                 run.step += 1
                 log.bar.update(1)
             run.seconds = time.perf_counter() - start
@@ -574,7 +572,7 @@ def bench(cfg, rt, steps=7):
     for _ in range(steps):
         start = time.perf_counter()
         batch, metrics, _ = rollout(run)
-        loss, _ = learn(run, batch)
+        learn(run, batch)
         float(train.clip_grad_norm(model, cfg.grad_clip, rt))
         for o in optimizers:
             o.step(), o.zero_grad(set_to_none=True)

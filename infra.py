@@ -115,7 +115,8 @@ def cli(Config, presets={}, argv=None):
                 elif "init" in fields and Path(word).exists():
                     flags["init"] = word
                 else:
-                    raise ValueError(f"{word}: no such preset or checkpoint: one of {', '.join(presets)} expected")
+                    known = f"no such preset or checkpoint: one of {', '.join(presets)}" if presets else "--key=value"
+                    raise ValueError(f"{word}: {known} expected")
                 continue
             key, eq, value = word[2:].partition("=")
             key = key.replace("-", "_")
@@ -298,11 +299,11 @@ def on_rank_0(rt, function, *args):
     return box[0]
 
 
-def gather(rt, value):
+def gather(rt, value, group=None):
     """What each rank has, on all of them: a list by rank."""
     everyone = [value] * rt.world_size
     if rt.world_size > 1:
-        dist.all_gather_object(everyone, value)
+        dist.all_gather_object(everyone, value, group=group)
     return everyone
 
 
@@ -320,7 +321,7 @@ def in_turn(rt):
 
 def all_gather(rt, tensor):
     """The equally shaped CPU tensors of all ranks, a list by rank."""
-    everyone = [torch.empty_like(tensor) for _ in range(rt.world_size)] if rt.world_size > 1 else [tensor]
+    everyone = [tensor.clone() for _ in range(rt.world_size)]
     if rt.world_size > 1:
         dist.all_gather(everyone, tensor)
     return everyone
@@ -500,7 +501,7 @@ def _is_row(text, last):
 
 
 def finite(value):
-    """JSON has no NaN and no infinity: null instead, at any depth."""
+    """JSON has no NaN and no infinity: null instead, in dicts at any depth (lists are left as they are)."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
     return None if isinstance(value, float) and not math.isfinite(value) else value
@@ -513,8 +514,8 @@ class Log:
         """out: run directory; total: last step; start: steps already done (later rows of an older run are cut off).
         quiet: write nothing (every rank but the first)."""
         self.path, self.total, self.start, self.clock = Path(out) / "metrics.jsonl", total, start, time.perf_counter()
-        self.wandb, terminal_only = None, True if quiet else None
-        self.bar = tqdm(total=total, initial=start, disable=terminal_only, leave=False, unit="step", dynamic_ncols=True)
+        self.wandb, disable = None, True if quiet else None  # None: tqdm draws on a terminal only
+        self.bar = tqdm(total=total, initial=start, disable=disable, leave=False, unit="step", dynamic_ncols=True)
         if quiet:
             self.file = open(os.devnull, "w")
             return
@@ -821,8 +822,7 @@ def probe_collectives(cfg, rt, rows):
                       "slower than the link: NCCL_DEBUG=INFO, look for P2P; unset NCCL_P2P_DISABLE")
     for what in ("matmul", "memory"):
         mine = [r["value"] for r in rows if r["probe"] == what and (r.get("main") or r.get("dtype") in ("fp32", "bf16"))]
-        values = [0.0] * n
-        dist.all_gather_object(values, mine[-1] if mine else 0.0, group=rt.group)
+        values = gather(rt, mine[-1] if mine else 0.0, rt.group)
         measured = [value for value in values if value]
         for rank, value in enumerate(values if measured else ()):
             if not value:
@@ -1089,8 +1089,7 @@ def probe(cfg, rt, stop):
                 add(name, r)
             if name == "health" and rt.world_size > 1:  # rank 0 speaks for the others
                 sick = [r for r in rows if r["probe"] == name and r["verdict"] in ("WARN", "FAIL")]
-                everyone = [None] * rt.world_size
-                dist.all_gather_object(everyone, sick, group=rt.group)
+                everyone = gather(rt, sick, rt.group)
                 for rank, theirs in enumerate(everyone[1:] if rt.rank == 0 else (), 1):
                     for r in theirs:
                         add(name, r | dict(what=f"rank {rank}: {r['what']}"))
@@ -1231,8 +1230,8 @@ def plan(p):
           f"{each * tokens:.3g} FLOP for {tokens:.4g} tokens\n")
     if not p.gpu and not p.why:
         usual = type(p)()
-        for knob in ("gpus", "batch_tokens", "tok_per_s", "tflops", "params", "tp", "micro_batch"):
-            if getattr(p, knob) != getattr(usual, knob):
+        for knob in type(p).__annotations__:
+            if knob not in ("preset", "tokens") and getattr(p, knob) != getattr(usual, knob):
                 raise SystemExit(f"--{knob}: without --gpu this machine is measured: --gpu=h100 or another expected")
         return dict(params=N, tokens=tokens) | plan_here(p, c, tokens)
     sheet = data_sheet(p.gpu or "h100")
@@ -1375,7 +1374,7 @@ def logged(directory, x):
     for row in rows:
         inner = {f"{k}.{i}": v for k, d in row.items() if isinstance(d, dict) for i, v in d.items()}
         for k, v in (row | inner).items():
-            if isinstance(v, int | float) and not isinstance(v, bool) and x in row:
+            if isinstance(v, int | float) and not isinstance(v, bool) and isinstance(row.get(x), int | float):
                 found.setdefault(k, []).append((row[x], v))
     return found
 
@@ -1390,7 +1389,7 @@ def curves(directories, y, p):
             means = [statistics.fmean(v for _, v in log[name][max(0, i + 1 - p.smooth):i + 1]) for i in range(len(log[name]))]
             label = name if p.chain else d if name == y else f"{d} {name}"
             found.setdefault(label, []).extend((begin + at, mean) for (at, _), mean in zip(log[name], means))
-        begin += p.chain and max(at for points in log.values() for at, _ in points)
+        begin += p.chain and max((at for points in log.values() for at, _ in points), default=0)
     if not found:
         raise SystemExit(f"{', '.join(directories)}: no {y} over {p.x}: one of {', '.join(sorted(names))} expected")
     return found
@@ -1401,14 +1400,15 @@ def draw(curves, width, height=16):
     xs, ys = zip(*(point for points in curves.values() for point in points))
     (left, right), (low, high) = (min(xs), max(xs)), (min(ys), max(ys))
     grid = [[" "] * width for _ in range(height)]
-    for letter, points in zip("abcdefghijklmnopqrstuvwxyz", curves.values()):
+    lettered = list(zip(itertools.cycle("abcdefghijklmnopqrstuvwxyz"), curves.items()))
+    for letter, (_, points) in lettered:
         for at, value in points:
             column = round((at - left) / ((right - left) or 1) * (width - 1))
             grid[round((high - value) / ((high - low) or 1) * (height - 1))][column] = letter
     margin = [f"{high:.4g}", *[""] * (height - 2), f"{low:.4g}"]
     lines = [f"{label:>10} |{''.join(row)}" for label, row in zip(margin, grid)]
     return [*lines, " " * 11 + "+" + "-" * width, f"{left:>12.6g}{right:>{width}.6g}",
-            *(f"{letter}: {name}, ends at {points[-1][1]:.4g}" for letter, (name, points) in zip("abcdefghijklmnopqrstuvwxyz", curves.items()))]
+            *(f"{letter}: {name}, ends at {points[-1][1]:.4g}" for letter, (name, points) in lettered)]
 
 
 def plot(directories, p):
@@ -1439,8 +1439,8 @@ def plot(directories, p):
 if __name__ == "__main__":
     import model
     if sys.argv[1:2] == ["plot"]:
-        words = sys.argv[2:]
-        plot([w for w in words if not w.startswith("--")], cli(Plot, {}, [w for w in words if w.startswith("--")]))
+        words, sys.argv[0] = sys.argv[2:], sys.argv[0] + " plot"
+        plot([w for w in words if w[:1] != "-"], cli(Plot, {}, [w for w in words if w[:1] == "-"]))
     elif sys.argv[1:2] == ["plan"]:
         sys.argv[0] += " plan"
         plan(cli(plan_options(), {name: dict(shape, preset=name) for name, shape in model.PRESETS.items()}, sys.argv[2:]))

@@ -801,7 +801,7 @@ def read_checkpoint(directory, fold=True):
     files = [Path(directory)] if Path(directory).is_file() else checkpoints(directory)
     if not files and any(Path(directory).glob("*.safetensors")):
         state = hf_checkpoint(directory)
-        return state | dict(model=dict(from_hf(directory).named_parameters())) if fold else state
+        return state | dict(model=load_checkpoint(state)[0].state_dict()) if fold else state
     if not files:
         raise SystemExit(f"{directory}: no checkpoint (ckpt_*.pt) here: a directory written by train.py expected, or config.json "
                          f"and .safetensors")
@@ -938,7 +938,7 @@ def hf_checkpoint(directory):
     from data import JINJA, get_tokenizer  # a look to the right: only the tokenizer tells how many rows the embedding needs
     directory, crc = Path(directory), 0
     config = hf_config(directory / "config.json")
-    for _, name, weight in hf_weights(directory):  # ends of each matrix: training changes all of them, and 6 GB would take seconds
+    for _, _, weight in hf_weights(directory):  # ends of each matrix: training changes all of them, and 6 GB would take seconds
         n = weight.get_shape()[0]
         for rows in (weight[:4], weight[max(0, n - 4):]):
             crc = zlib.crc32(rows.contiguous().view(torch.uint8).numpy(), crc)
@@ -1023,7 +1023,8 @@ def to_hf(model, directory, tokenizer=None, style="", dtype=torch.bfloat16, shar
         ids = dict(bos_token_id=tokenizer.bos, eos_token_id=[special[s] for s in ends], pad_token_id=special["<|pad|>"])
     rope, ours = dict(rope_type="default", rope_theta=c.rope_theta), dataclasses.asdict(c)
     if c.rope_factor > 1:
-        rope |= dict(rope_type="yarn", factor=c.rope_factor, original_max_position_embeddings=c.original_max_position_embeddings)
+        trained = c.original_max_position_embeddings or round(c.max_position_embeddings / c.rope_factor)  # as yarn() has it
+        rope |= dict(rope_type="yarn", factor=c.rope_factor, original_max_position_embeddings=trained)
     config = {k: v for k, v in ours.items() if k not in (*HF_LACKS, *HF_DETAILS, "no_rope_layer_interval", "rope_factor",
                                                          "original_max_position_embeddings")}
     config |= dict(architectures=[theirs], model_type=kind, head_dim=c.head_size, dtype=str(dtype)[6:], torch_dtype=str(dtype)[6:],
@@ -1123,7 +1124,7 @@ class Options(Config, Machine):
     top_k: int = 0               # sample among the k likeliest; 0: all
     top_p: float = 1.0           # sample among the likeliest that hold this probability
     bench: bool = False          # measure decoding on random weights
-    batch: int = 32              # --bench, --prompt_file: rows at a time
+    batch: int = 32              # --bench, --prompt_file, --num_samples: rows at a time
     prompt_tokens: int = 32      # --bench: tokens in each prompt
 
 
@@ -1181,7 +1182,7 @@ def open_model(cfg, rt):
     that takes before it is taken."""
     from data import get_tokenizer  # a look to the right: text needs a tokenizer, and only this command needs text
     state = read_checkpoint(cfg.init, fold=False)
-    c, dtype, rows = state["model_config"], rt.dtype, cfg.batch if cfg.prompt_file else cfg.num_samples
+    c, dtype, rows = state["model_config"], rt.dtype, cfg.batch if cfg.prompt_file else min(cfg.batch, cfg.num_samples)
     tokens = min(cfg.context, c.max_position_embeddings) if cfg.chat else 2 * rows * cfg.max_new_tokens  # half of it the prompt
     weights = num_params(c) * dtype.itemsize / rt.tp_size
     cache = kv_bytes_per_token(c, 4 if rt.device.type == "cpu" else dtype.itemsize, rt.tp_size) * tokens
@@ -1310,13 +1311,15 @@ def main(cfg):
         model, extra = load_checkpoint(cfg.init, dtype=dtype)
         style, name = extra["train_config"].get("style", ""), Path(cfg.export_hf).name
         to_hf(model, cfg.export_hf, get_tokenizer(extra["tokenizer"]), style, dtype, card=model_card(model.config, extra, name))
-        print(f"wrote {cfg.export_hf}; try: transformers chat {cfg.export_hf}; README.md there waits for you")
+        print(f"wrote {cfg.export_hf}; try: transformers chat {cfg.export_hf}; before you publish it, fill in the licence in README.md there")
         return {"export_hf": cfg.export_hf}
     for bad, message in ((cfg.mode not in ("think", "no_think"), f"--mode={cfg.mode}: think or no_think expected"),
                          (cfg.style not in ("", "compact", "smollm3", "chatml"),
                           f"--style={cfg.style}: compact, smollm3 or chatml expected"),
                          (min(cfg.num_samples, cfg.batch, cfg.context, cfg.max_new_tokens) < 1,
-                          "--num_samples, --batch, --context, --max_new_tokens: at least 1 expected")):
+                          "--num_samples, --batch, --context, --max_new_tokens: at least 1 expected"),
+                         (min(cfg.temperature, cfg.top_k) < 0 or not 0 < cfg.top_p <= 1,
+                          "--temperature, --top_k: 0 or more expected; --top_p: above 0 and at most 1")):
         if bad:
             raise SystemExit(message)
     rt, prompts = setup(cfg), [cfg.prompt]

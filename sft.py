@@ -331,6 +331,8 @@ def pairs_of(cfg, rt, model, tokenizer, resuming):
             with infra.atomic(path) as f:
                 f.write("".join(json.dumps(p) + "\n" for p in pairs).encode())
         all_sum(rt, 0)
+    elif not path.exists():
+        raise ValueError(f"--resume: no {path}: the --data or --pairs that the run in {cfg.out} began with expected")
     dropped = {}
     return "self", list(data.read_examples(path, dropped)), dropped
 
@@ -439,7 +441,7 @@ def evaluation(cfg, rt):
     for directory in filter(None, (cfg.against, cfg.init)):
         model, extra = nano.load_checkpoint(directory, rt.device, rt.tp_group)
         model.compute_dtype, tokenizer = rt.dtype, data.get_tokenizer(extra["tokenizer"])
-        own = dataclasses.replace(cfg, style=cfg.style or extra["train_config"].get("style", "compact"))
+        own = dataclasses.replace(cfg, style=cfg.style or extra["train_config"].get("style") or "compact")
         items, given = evaluate_tasks(model, tokenizer, tasks, own, rt, cfg.samples)
         name = Path(directory).name if Path(directory).name not in columns else str(directory)
         columns[name] = items
@@ -488,12 +490,12 @@ def validate(run):
 
 def merging(cfg, rt):
     """--stage=merge: the weighted mean of checkpoints, as SmolLM3 ended (0.9 of APO's, 0.1 of mid-training's)."""
-    merged, total, out = None, 0.0, Path(cfg.out)
+    merged, out = None, Path(cfg.out)
     try:
         models = [(d, float(w)) for d, _, w in (item.rpartition(":") for item in cfg.models.split(","))]
     except ValueError:
         raise SystemExit(f"--models={cfg.models}: DIR:WEIGHT,DIR:WEIGHT,... expected") from None
-    if abs(sum(w for _, w in models) - 1) > 1e-6:
+    if not abs(sum(w for _, w in models) - 1) <= 1e-6:  # nan is not 1 either
         raise SystemExit(f"--models={cfg.models}: weights that add up to 1 expected")
     locked = infra.lock(out)
     if nano.checkpoints(out) and not cfg.overwrite:
@@ -502,13 +504,13 @@ def merging(cfg, rt):
         state = nano.read_checkpoint(directory)
         if merged and (state["model_config"], state["tokenizer"]) != (merged["model_config"], merged["tokenizer"]):
             raise SystemExit(f"{directory}: another shape or tokenizer than {models[0][0]}")
-        first = merged or state
         model = {n: weight * p + (merged["model"][n] if merged else 0) for n, p in state["model"].items()}
-        merged = first | dict(model=model)
+        merged = (merged or state) | dict(model=model)
     model = nano.Transformer(merged["model_config"], init=False)
     model.load_state_dict(merged["model"])
     path = nano.save_checkpoint(out, model, merged["step"], 0, "merge", merged["tokenizer"], keep=sys.maxsize,
-                                train_config=merged["train_config"] | dict(models=cfg.models))
+                                train_config=dataclasses.asdict(cfg) | {k: merged["train_config"].get(k, "")
+                                                                        for k in ("style", "data")})
     for other in set(nano.checkpoints(out)) - {path}:
         other.unlink()
     locked.close()
@@ -522,11 +524,10 @@ def check(cfg, rt):
     """Fill in what depends on the stage; errors that would otherwise surface deep inside."""
     if cfg.stage not in DEFAULTS:
         raise SystemExit(f"--stage={cfg.stage}: sft, apo, eval or merge expected")
-    defaults = DEFAULTS[cfg.stage] | dict(out=f"out/{cfg.stage}")
-    cfg = dataclasses.replace(cfg, **{k: v for k, v in defaults.items() if k != "init" and not getattr(cfg, k)})
-    rows, learns = cfg.batch // rt.dp_size, cfg.stage in ("sft", "apo")
-    if cfg.stage == "eval":
-        cfg = dataclasses.replace(cfg, init=cfg.init or DEFAULTS["eval"]["init"])
+    defaults, learns = DEFAULTS[cfg.stage] | dict(out=f"out/{cfg.stage}"), cfg.stage in ("sft", "apo")
+    missing = {k: v for k, v in defaults.items() if not (getattr(cfg, k) or k == "init" and learns)}  # open_model's business
+    cfg = dataclasses.replace(cfg, **missing)
+    rows = cfg.batch // rt.dp_size
     for bad, message in (
             (cfg.stage == "merge" and rt.world_size > 1, "--stage=merge: one process expected, without torchrun"),
             (cfg.style not in ("", "compact", "smollm3", "chatml"), f"--style={cfg.style}: compact, smollm3 or chatml expected"),
@@ -547,7 +548,7 @@ def check(cfg, rt):
             (cfg.merge and not cfg.lora_rank, "--merge: --lora_rank expected (two models: --stage=merge)"),
             (cfg.batch % rt.dp_size, f"--batch={cfg.batch}: a multiple of the {rt.dp_size} replicas expected"),
             (cfg.micro_batch < 0 or cfg.micro_batch and rows % cfg.micro_batch,
-             f"--micro_batch={cfg.micro_batch}: a divisor of the step's {rows} rows expected"),
+             f"--micro_batch={cfg.micro_batch}: a divisor of each process's {rows} rows expected"),
             (cfg.resume and cfg.overwrite, "--resume and --overwrite: one of them expected")):
         if bad:
             raise SystemExit(message)

@@ -12,7 +12,7 @@
 Read main() first: it is the whole story. A step is an optimizer step. Everything random is a function of (seed, sample
 index), so the only state of the data is one integer, and evaluating more often changes nothing.
 """
-import contextlib, dataclasses, gc, io, itertools, json, lzma, math, random, re, statistics, sys, time
+import contextlib, dataclasses, gc, io, itertools, json, lzma, math, random, re, statistics, time
 from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,7 +74,7 @@ class Config(nano.Config, Machine):
 PRESETS = {name: {k: v for k, v in shape.items() if k != "vocab_size"} for name, shape in nano.PRESETS.items()}
 PRESETS["small"] |= dict(lr=2e-3, batch_tokens=4096)
 _LR = {"smol-135m": 2e-3, "smol-360m": 1e-3, "smol-1.7b": 5e-4, "ablation-1b": 5e-4, "smollm3-3b": 2e-4}
-for _name in _LR:  # nothing below was trained here: the playbook's learning rates for 1B and 3B, larger ones below
+for _name in _LR:  # none was trained here: the playbook's learning rates for 1B and 3B, larger ones for smaller models
     PRESETS[_name] |= dict(optimizer="adamw", lr=_LR[_name], batch_tokens=2**19, micro_batch=4, decay=0.1, compile=True,
                            steps=20_000)
 # Time to quality against nanoGPT's CPU recipe (README, "Measured"): rows of 64, whole-file validation.
@@ -146,17 +146,17 @@ def orthogonalize(x, steps=5):
 def make_optimizers(model, cfg):
     """AdamW for embeddings, head and norms; hidden matrices go to Muon or AdamW, by cfg.optimizer.
 
-    No weight decay on embeddings and norms (OLMo 2, SmolLM3): decayed embeddings shrink, and early gradients grow.
+    No weight decay on norms, nor on embeddings (OLMo 2, SmolLM3: decayed they shrink, and early gradients grow) unless
+    cfg.decay_embeddings.
     """
-    named = [(n, p) for n, p in model.named_parameters() if p.requires_grad]
-    hidden = [p for n, p in named if p.dim() == 2 and "embed_tokens" not in n and "lm_head" not in n]
-    head = [p for n, p in named if "lm_head" in n]
-    embeddings, norms = [p for n, p in named if "embed_tokens" in n], [p for _, p in named if p.dim() < 2]
-    muon = cfg.optimizer == "muon"
-    decayed = head if muon else hidden + head
-    kept, decayed = (norms, embeddings + decayed) if cfg.decay_embeddings else (norms + embeddings, decayed)
+    hidden, kept, decayed = [], [], []
+    for n, p in ((n, p) for n, p in model.named_parameters() if p.requires_grad):
+        if cfg.optimizer == "muon" and p.dim() == 2 and "embed_tokens" not in n and "lm_head" not in n:
+            hidden.append(p)
+        else:
+            (kept if p.dim() < 2 or "embed_tokens" in n and not cfg.decay_embeddings else decayed).append(p)
     groups = [dict(params=p, weight_decay=w) for p, w in ((kept, 0.0), (decayed, cfg.weight_decay)) if p]
-    optimizers = [Muon(hidden, cfg.lr, cfg.weight_decay, tp=model.tp)] if muon else []
+    optimizers = [Muon(hidden, cfg.lr, cfg.weight_decay, tp=model.tp)] if hidden else []
     return optimizers + ([torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)] if groups else [])
 
 
@@ -204,8 +204,8 @@ DEPTHS = 0, 0.25, 0.5, 0.75, 1
 
 
 def retrieval(model, tokenizer, lengths, problems=20):
-    """{length, and " YaRN" where it is: % of keys found at each of DEPTHS}: data.passkey, one forward pass each. Beyond the
-    rows of training as the model is and with YaRN, which needs no training; by chance a tenth is right."""
+    """{"1024" or "1024 YaRN": % of keys found at each of DEPTHS}: data.passkey, one forward pass each. Lengths beyond the
+    rows of training both as the model is and with YaRN, which needs no training; by chance a tenth is right."""
     config, T, found = model.config, model.config.max_position_embeddings, {}
     for length, yarn in ((n, y) for n in lengths for y in (False, True)[: 1 + (n > T and config.rope_factor == 1)]):
         more = dict(rope_factor=length / T, original_max_position_embeddings=T) if yarn else {}
@@ -332,7 +332,7 @@ def check(cfg, rt):
             (cfg.batch_tokens % (T * rt.dp_size) or rows < 1, f"--batch_tokens={cfg.batch_tokens}: a multiple of "
              f"--max_position_embeddings={T}" + f" times {rt.dp_size} replicas" * (rt.dp_size > 1) + " expected"),
             (cfg.micro_batch < 0 or cfg.micro_batch and rows % cfg.micro_batch,
-             f"--micro_batch={cfg.micro_batch}: a divisor of the step's {rows} rows expected"),
+             f"--micro_batch={cfg.micro_batch}: a divisor of each process's {rows} rows expected"),
             (cfg.passkey and (cfg.tokenizer != "bytes" or not re.fullmatch(r"[1-9]\d+(,[1-9]\d+)*", cfg.passkey)),
              f"--passkey={cfg.passkey}: row lengths such as 256,1024 and --tokenizer=bytes expected"),
             (cfg.resume and cfg.overwrite, "--resume and --overwrite: one of them expected")):
@@ -343,7 +343,8 @@ def check(cfg, rt):
 def other_settings(cfg, recorded):
     """Names of what `recorded`, the settings of a run, has otherwise than cfg, but for what may change on the way and for
     what cfg leaves to its --init, the tokenizer or the data."""
-    free = NOT_THE_EXPERIMENT | {k for k in ("vocab_size", "steps", "style", "date") if not getattr(cfg, k, None)}
+    free = NOT_THE_EXPERIMENT | {k for k in ("vocab_size", "original_max_position_embeddings", "steps", "style", "date")
+                                 if not getattr(cfg, k, None)}
     if cfg.init:
         free |= {f.name for f in dataclasses.fields(nano.Config)} - {"max_position_embeddings"}
     return [k for k, v in dataclasses.asdict(cfg).items() if k in recorded and k not in free and v != recorded[k]]
@@ -717,6 +718,7 @@ def experiment(cfg, name):
         with contextlib.redirect_stdout(io.StringIO()):
             if "stopped" in main(cfg):
                 raise SystemExit(f"{cfg.out}: stopped; the same command goes on from there")
+        gc.unfreeze()  # main has frozen its run too: else none of them would ever leave the memory
         if dist.is_initialized():
             dist.barrier()  # rank 0 writes what all of them read now
     rows = read()
@@ -766,6 +768,8 @@ def sweep(cfg):
     """All combinations of the values, at equal tokens, and the best of each budget; with several budgets a fit of the power law
     best = a · FLOPs^b of learning rate and batch, as the playbook takes it from DeepSeek (arXiv 2401.02954)."""
     cfg, grid = dataclasses.replace(cfg, out="out/sweep" if cfg.out == Config.out else cfg.out), values_of("sweep", cfg.sweep, ["tokens"])
+    if "steps" in grid or min(grid.get("batch_tokens", [1])) < 1:
+        raise SystemExit(f"--sweep={cfg.sweep}: tokens instead of steps, and batch_tokens of 1 or more expected")
     budgets, table = grid.pop("tokens", [cfg.steps * cfg.batch_tokens]), []
     for tokens, *values in itertools.product(budgets, *grid.values()):
         change = dict(zip(grid, values))

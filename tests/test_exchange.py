@@ -50,6 +50,13 @@ def small_bpe():
     return data.bpe_tokenizer([data.GPT2], ranks, {"<|end_of_text|>": 264, "<|reserved_special_token_0|>": 265})
 
 
+def bare_bpe():
+    """tokenizer.json of bytes and an end of text, nothing else."""
+    whole = json.loads(data.tokenizer_json(small_bpe()))
+    whole["added_tokens"] = [t for t in whole["added_tokens"] if t["content"] in ("<|end_of_text|>", "<|endoftext|>")]
+    return whole
+
+
 @pytest.mark.parametrize("style, tokenizer", [("compact", TOK), ("smollm3", TOK), ("chatml", TOK), ("compact", small_bpe())])
 def test_an_exported_chat_answers_in_transformers_token_for_token(here, style, tokenizer):
     ours = checkpoint(style=style, tokenizer=tokenizer, max_position_embeddings=2048)
@@ -101,6 +108,19 @@ def test_an_export_is_read_back_with_its_tokenizer_and_style(here, tokenizer):
     export("hf", "again")
     for name in ("config.json", "tokenizer.json", "tokenizer_config.json", "generation_config.json", "model.safetensors", "chat_template.jinja"):
         assert Path("again", name).read_bytes() == Path("hf", name).read_bytes(), name
+
+
+def test_a_directory_without_template_or_chat_tokens_can_be_evaluated_and_merged(here):
+    """As a base model from elsewhere is: its vocabulary ends before the tokens of chats."""
+    m = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=265, hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+                                                               num_attention_heads=4, num_key_value_heads=2, tie_word_embeddings=True))
+    m.save_pretrained("theirs"), Path("theirs/tokenizer.json").write_text(json.dumps(bare_bpe()))
+    Path("few.jsonl").write_text("".join(json.dumps(p) + "\n" for p in data.sum_problems(2)))
+    result = sft.main(sft.Config(stage="eval", init="theirs", tasks="few.jsonl", max_new_tokens=2, device="cpu", dtype="float32"))
+    assert result
+    sft.main(sft.Config(stage="merge", models="theirs:0.5,theirs:0.5", out="merged", device="cpu"))
+    merged, plain = nano.load_checkpoint("merged")[0], nano.load_checkpoint("theirs")[0]
+    assert merged.config.vocab_size > 265 and all(map(torch.equal, merged.parameters(), plain.parameters()))
 
 
 def test_the_model_card_tells_shape_data_command_and_metrics_and_leaves_the_licence(here):

@@ -98,7 +98,8 @@ def test_a_sweep_holds_the_tokens_marks_the_best_and_fits_a_power_law(cfg, monke
 def test_what_cannot_be_compared_is_one_line_before_anything_runs(cfg, monkeypatch):
     done = counted(monkeypatch)
     for change, message in ((dict(ablate="lr=1;num_key_value_heads=3"), "--ablate: num_key_value_heads=3: .*a divisor"), (dict(ablate="lr=1", seeds=0), "--seeds=0"),
-                            (dict(ablate="lr=1", match="depth"), "--match=depth"), (dict(sweep="num_key_value_heads=3"), "--sweep: num_key")):
+                            (dict(ablate="lr=1", match="depth"), "--match=depth"), (dict(sweep="num_key_value_heads=3"), "--sweep: num_key"),
+                            (dict(sweep="steps=1,2"), "--sweep=steps=1,2: tokens instead of steps"), (dict(sweep="batch_tokens=0"), "--sweep=")):
         with pytest.raises(SystemExit, match=message):
             train.main(cfg(**change))
     assert not done

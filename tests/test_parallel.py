@@ -649,7 +649,7 @@ def test_a_batch_that_replicas_or_micro_batches_cannot_share_is_refused(config):
     for dp, change, message in (
             (3, {}, "^--batch_tokens=256: a multiple of --max_position_embeddings=32 times 3 replicas expected"),
             (16, {}, "times 16 replicas"),
-            (2, dict(micro_batch=8), "^--micro_batch=8: a divisor of the step's 4 rows expected")):
+            (2, dict(micro_batch=8), "^--micro_batch=8: a divisor of each process's 4 rows expected")):
         with pytest.raises(SystemExit, match=message) as error:
             train.check(config(**change), SimpleNamespace(dp_size=dp))
         assert "\n" not in str(error.value)

@@ -1300,7 +1300,7 @@ def test_merging_is_the_weighted_sum_of_all_parameters(three, capsys):
     for n, p in merged.state_dict().items():
         assert torch.equal(p, 0.9 * a[n] + 0.1 * b[n]), n
     assert "0.9 x " in capsys.readouterr().out
-    assert extra["stage"] == "merge" and extra["train_config"]["style"] == "chatml"
+    assert extra["stage"] == extra["train_config"]["stage"] == "merge" and extra["train_config"]["style"] == "chatml"
     assert not extra["optimizer"] and extra["tokenizer"] == "bytes"
 
 
@@ -1318,6 +1318,7 @@ def test_what_cannot_be_merged_is_one_line(three):
     checkpoint(three / "wide", num_hidden_layers=1), checkpoint(three / "gpt2", tokenizer="gpt2")
     for models, message in (
             ([("a", 0.9), ("b", 0.2)], "weights that add up to 1 expected"), ([("a", "x")], "DIR:WEIGHT,DIR:WEIGHT"),
+            ([("a", "nan")], "weights that add up to 1 expected"),
             ([("a", 0.5), ("wide", 0.5)], "wide: another shape or tokenizer than .*a$"),
             ([("a", 0.5), ("gpt2", 0.5)], "gpt2: another shape or tokenizer"),
             ([("a", 0.5), ("nowhere", 0.5)], "nowhere: no checkpoint")):
@@ -1414,7 +1415,7 @@ def test_a_model_that_makes_no_pairs_of_its_own_is_told_so(tiny, capsys):
     (dict(val_fraction=-0.1), "--val_fraction"), (dict(val_fraction=1.0), "--val_fraction: 0 to 1"),
     (dict(lora_rank=-1), "--lora_rank: 0 or more"),
     (dict(lora_rank=2, lora_dropout=1.0), "--lora_dropout: 0 to 1"), (dict(merge=True), "--merge: --lora_rank"),
-    (dict(micro_batch=3), "--micro_batch=3: a divisor of the step's 4 rows"), (dict(batch=-4), "--batch=-4"),
+    (dict(micro_batch=3), "--micro_batch=3: a divisor of each process's 4 rows"), (dict(batch=-4), "--batch=-4"),
     (dict(micro_batch=8), "--micro_batch=8"), (dict(micro_batch=-1), "--micro_batch=-1"),
     (dict(resume=True, overwrite=True), "--resume and --overwrite: one of them expected"),
     (dict(tasks="/nowhere/x.jsonl"), "/nowhere/x.jsonl"), (dict(init="/nowhere"), "/nowhere: no checkpoint"),
@@ -1437,7 +1438,7 @@ def test_tasks_that_are_none_are_one_line(config, tmp_path):
 def test_a_batch_that_replicas_cannot_share_and_a_merge_on_two_processes_are_one_line(config):
     two = SimpleNamespace(**vars(CPU) | dict(world_size=2, dp_size=2))
     one_line(sft.check, config(batch=3), two, match="--batch=3: a multiple of the 2 replicas")
-    one_line(sft.check, config(batch=8, micro_batch=3), two, match="--micro_batch=3: a divisor of the step's 4 rows")
+    one_line(sft.check, config(batch=8, micro_batch=3), two, match="--micro_batch=3: a divisor of each process's 4 rows")
     one_line(sft.check, config(stage="merge"), two, match="--stage=merge: one process expected")
 
 

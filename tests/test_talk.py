@@ -113,7 +113,8 @@ def test_memory_is_said_before_it_is_taken_and_refused_where_a_gpu_lacks_it(plac
 
 
 def test_what_cannot_be_is_one_line(place, monkeypatch):
-    for change, message in ((dict(mode="loud"), "--mode=loud: think or no_think"), (dict(style="loud"), "--style=loud"), (dict(num_samples=0), "--num_samples"), (dict(init="nowhere"), "no checkpoint"),
+    for change, message in ((dict(mode="loud"), "--mode=loud: think or no_think"), (dict(style="loud"), "--style=loud"), (dict(num_samples=0), "--num_samples"), (dict(temperature=-1.0), "--temperature, --top_k"), (dict(top_p=2.0), "--top_p"),
+                            (dict(init="nowhere"), "no checkpoint"),
                             (dict(prompt_file="nowhere"), "--prompt_file=nowhere: .*a text file expected")):
         with pytest.raises(SystemExit, match=message):
             nano.main(options(**change))

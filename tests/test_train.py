@@ -677,6 +677,12 @@ def test_resume_refuses_another_shape(config):
         train.main(dataclasses.replace(cfg, max_position_embeddings=16, resume=True))
 
 
+def test_a_new_run_with_yarn_can_be_resumed(config):
+    cfg = config(steps=4, rope_factor=2.0)
+    stopped_run(cfg, 2)
+    assert train.main(dataclasses.replace(cfg, resume=True))["step"] == 4
+
+
 # --- --init ----------------------------------------------------------------------------------------------------------
 
 def test_init_starts_from_the_checkpoints_weights_and_shape(reference, config):
@@ -724,7 +730,7 @@ def test_every_preset_is_a_valid_configuration_of_its_shape():
     (dict(warmup=1.5), "--warmup.*0 to 1"), (dict(warmup=-0.1), "--warmup"), (dict(decay=1.1), "--decay.*0 to 1"),
     (dict(batch_tokens=100), "--batch_tokens=100: a multiple of --max_position_embeddings=32"), (dict(batch_tokens=0), "--batch_tokens=0"),
     (dict(batch_tokens=-256), "--batch_tokens=-256"),
-    (dict(micro_batch=3), "--micro_batch=3: a divisor of the step's 8 rows"), (dict(micro_batch=16), "--micro_batch=16"), (dict(micro_batch=-1), "--micro_batch=-1"),
+    (dict(micro_batch=3), "--micro_batch=3: a divisor of each process's 8 rows"), (dict(micro_batch=16), "--micro_batch=16"), (dict(micro_batch=-1), "--micro_batch=-1"),
     (dict(resume=True, overwrite=True), "--resume and --overwrite: one of them"),
     (dict(val_fraction=0.0), "--val_fraction=0.0"), (dict(val_fraction=1.0), "--val_fraction=1.0"),
     (dict(text="/nowhere/x.txt"), "/nowhere/x.txt"), (dict(jsonl="/nowhere/x.jsonl", text=""), "/nowhere/x.jsonl"),
