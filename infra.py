@@ -1379,19 +1379,17 @@ def logged(directory, x):
     return found
 
 
-def curves(directories, y, p):
-    """{label: [(x, y)]} of all runs that log what y says."""
-    found, begin, names = {}, 0, set()
-    for d in directories:
-        log = logged(d, p.x)
-        names |= set(log)
+def curves(runs, y, p):
+    """{label: [(x, y)]} of all runs that log what y says; runs: (directory, what it has logged, where its x begins)."""
+    found = {}
+    for d, log, begin in runs:
         for name in (name for name in log if fnmatch.fnmatchcase(name, y)):
             means = [statistics.fmean(v for _, v in log[name][max(0, i + 1 - p.smooth):i + 1]) for i in range(len(log[name]))]
             label = name if p.chain else d if name == y else f"{d} {name}"
             found.setdefault(label, []).extend((begin + at, mean) for (at, _), mean in zip(log[name], means))
-        begin += p.chain and max((at for points in log.values() for at, _ in points), default=0)
     if not found:
-        raise SystemExit(f"{', '.join(directories)}: no {y} over {p.x}: one of {', '.join(sorted(names))} expected")
+        names = sorted({name for _, log, _ in runs for name in log})
+        raise SystemExit(f"{', '.join(d for d, *_ in runs)}: no {y} over {p.x}: one of {', '.join(names)} expected")
     return found
 
 
@@ -1415,7 +1413,11 @@ def plot(directories, p):
     """`python infra.py plot`: draw metrics of runs over each other -> {y: {label: points}}."""
     if not directories or p.smooth < 1 or p.width < 10:
         raise SystemExit("plot: run directories expected, --smooth of 1 or more, --width of 10 or more")
-    found = {y: curves(directories, y, p) for y in p.y.split(",")}
+    runs, begin = [], 0
+    for d in directories:
+        runs.append((d, logged(d, p.x), begin))
+        begin += p.chain and max((at for points in runs[-1][1].values() for at, _ in points), default=0)
+    found = {y: curves(runs, y, p) for y in p.y.split(",")}
     for y, drawn in found.items() if not p.png else ():
         print("\n".join([f"{y} over {p.x}", *draw(drawn, p.width), ""]))
     if p.png:
@@ -1425,10 +1427,14 @@ def plot(directories, p):
             raise SystemExit(f"--png={p.png}: the package matplotlib is not installed: pip install matplotlib") from None
         matplotlib.use("Agg")
         from matplotlib import pyplot
-        figure, axes = pyplot.subplots(1, len(found), figsize=(5 * len(found), 3.6), squeeze=False, layout="constrained")
+        figure, axes = pyplot.subplots(1, len(found), figsize=(5 * len(found), 3.6), squeeze=False, sharex=p.chain,
+                                       layout="constrained")
         for axis, (y, drawn) in zip(axes[0], found.items()):
             for name, points in drawn.items():
                 axis.plot(*zip(*points), label=name)
+            for d, _, begin in runs if p.chain else ():
+                axis.axvline(begin, color="0.85", zorder=0)
+                axis.text(begin, 1, Path(d).name, transform=axis.get_xaxis_transform(), fontsize=7, color="0.4", rotation=40)
             axis.set(xlabel=p.x, ylabel=y), axis.legend(frameon=False, fontsize=8), axis.spines[["top", "right"]].set_visible(False)
         with atomic(p.png) as f:
             figure.savefig(f, format="png", dpi=110)
