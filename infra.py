@@ -915,7 +915,7 @@ def probe_storage(cfg, rt, rows):
         except OSError:  # a file system that has no direct reads
             flags = 0
         kinds, reads = ((2**20, 1), (2**20, 16), (2**14, 1), (2**14, 4), (2**14, 16)), {}
-        for block, threads in 10 * kinds:  # in turn, for disks and hosts have bad moments; the best counts
+        for block, threads in 6 * kinds:  # in turn, for disks and hosts have bad moments; the best counts
             speed = timed_reads(path, flags, written, block, threads, block == 2**20)
             reads[block, threads] = max(reads.get((block, threads), speed), speed)
         cached = max(cached, in_page_cache(path) if flags else cached)

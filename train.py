@@ -8,6 +8,7 @@
     python train.py smollm3-3b --bench --vocab_size=128256 throughput of a shape on this machine, one JSON line
     python train.py --ablate="num_key_value_heads=4,1;optimizer=adamw" --seeds=3   one change at a time, with its noise
     python train.py --sweep="lr=2e-3,4e-3,8e-3;batch_tokens=1024,2048"             all combinations, the best marked
+    python train.py --passkey=256,1024 --steps=600 --out=out/key                   can it find a key in a long row?
 
 Read main() first: it is the whole story. A step is an optimizer step. Everything random is a function of (seed, sample
 index), so the only state of the data is one integer, and evaluating more often changes nothing.

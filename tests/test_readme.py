@@ -21,7 +21,7 @@ def test_quick_start_commands_run_in_an_empty_directory(tmp_path):
     few.write_text("".join(json.dumps(problem) + "\n" for problem in data.sum_problems(8)))
     assert [c[1] for c in commands][:1] == ["train.py"] and len(commands) >= 3
     for command in commands:
-        short = ["--steps=12", "--log_every=4"] if command[1] in ("train.py", "sft.py", "grpo.py") else []
+        short = ["--steps=3", "--log_every=1"] if command[1] in ("train.py", "sft.py", "grpo.py") else []
         short += [f"--tasks={few}"] if command[1] in ("sft.py", "grpo.py") else []     # 200 answers of an untrained model are long
         short += ["--pairs=sums"] if "--stage=apo" in command else []                  # and so are 12,000
         run = subprocess.run([sys.executable, ROOT / command[1], *command[2:], *short], cwd=tmp_path, capture_output=True,
