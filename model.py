@@ -1028,7 +1028,8 @@ def to_hf(model, directory, tokenizer=None, style="", dtype=torch.bfloat16, shar
     config = {k: v for k, v in ours.items() if k not in (*HF_LACKS, *HF_DETAILS, "no_rope_layer_interval", "rope_factor",
                                                          "original_max_position_embeddings")}
     config |= dict(architectures=[theirs], model_type=kind, head_dim=c.head_size, dtype=str(dtype)[6:], torch_dtype=str(dtype)[6:],
-                   rope_parameters=rope, **ids, **{k: HF_ONLY[k] for k in ("hidden_act", "attention_bias", "mlp_bias", "attention_dropout")})
+                   rope_parameters=rope, **ids,
+                   **{k: HF_ONLY[k] for k in ("hidden_act", "attention_bias", "mlp_bias", "attention_dropout")})
     if kind == "smollm3":
         layers = range(c.num_hidden_layers)
         config |= dict(no_rope_layer_interval=c.no_rope_layer_interval, no_rope_layers=[int(c.uses_rope(i)) for i in layers],
@@ -1183,6 +1184,9 @@ def open_model(cfg, rt):
     from data import get_tokenizer  # a look to the right: text needs a tokenizer, and only this command needs text
     state = read_checkpoint(cfg.init, fold=False)
     c, dtype, rows = state["model_config"], rt.dtype, cfg.batch if cfg.prompt_file else min(cfg.batch, cfg.num_samples)
+    extend(c, cfg)
+    if c.rope_factor > 1:  # --chat remembers as much as YaRN makes of it
+        c.max_position_embeddings = max(c.max_position_embeddings, round(c.original_max_position_embeddings * c.rope_factor))
     tokens = min(cfg.context, c.max_position_embeddings) if cfg.chat else 2 * rows * cfg.max_new_tokens  # half of it the prompt
     weights = num_params(c) * dtype.itemsize / rt.tp_size
     cache = kv_bytes_per_token(c, 4 if rt.device.type == "cpu" else dtype.itemsize, rt.tp_size) * tokens
@@ -1192,7 +1196,6 @@ def open_model(cfg, rt):
         raise SystemExit(f"{cfg.init}: {(weights + cache) / 1e9:.1f} GB, and {free / 1e9:.1f} free on {rt.name}: fewer tokens "
                          f"(--context, --max_new_tokens, --batch), --tp=2 or --device=cpu expected")
     model, extra = load_checkpoint(state, rt.device, rt.tp_group, dtype)
-    extend(model.config, cfg)
     model.compute_dtype, tokenizer, style = dtype, get_tokenizer(extra["tokenizer"]), extra["train_config"].get("style")
     if cfg.chat and not (style or cfg.style):
         print(f"!!! {cfg.init} has seen no chats, as far as it says: do not expect answers", file=sys.stderr)
@@ -1311,7 +1314,8 @@ def main(cfg):
         model, extra = load_checkpoint(cfg.init, dtype=dtype)
         style, name = extra["train_config"].get("style", ""), Path(cfg.export_hf).name
         to_hf(model, cfg.export_hf, get_tokenizer(extra["tokenizer"]), style, dtype, card=model_card(model.config, extra, name))
-        print(f"wrote {cfg.export_hf}; try: transformers chat {cfg.export_hf}; before you publish it, fill in the licence in README.md there")
+        print(f"wrote {cfg.export_hf}; try: transformers chat {cfg.export_hf}; before you publish it, fill in the licence in its "
+              f"README.md")
         return {"export_hf": cfg.export_hf}
     for bad, message in ((cfg.mode not in ("think", "no_think"), f"--mode={cfg.mode}: think or no_think expected"),
                          (cfg.style not in ("", "compact", "smollm3", "chatml"),

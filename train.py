@@ -768,7 +768,8 @@ def ablate(cfg):
 def sweep(cfg):
     """All combinations of the values, at equal tokens, and the best of each budget; with several budgets a fit of the power law
     best = a · FLOPs^b of learning rate and batch, as the playbook takes it from DeepSeek (arXiv 2401.02954)."""
-    cfg, grid = dataclasses.replace(cfg, out="out/sweep" if cfg.out == Config.out else cfg.out), values_of("sweep", cfg.sweep, ["tokens"])
+    cfg = dataclasses.replace(cfg, out="out/sweep" if cfg.out == Config.out else cfg.out)
+    grid = values_of("sweep", cfg.sweep, ["tokens"])
     if "steps" in grid or min(grid.get("batch_tokens", [1])) < 1:
         raise SystemExit(f"--sweep={cfg.sweep}: tokens instead of steps, and batch_tokens of 1 or more expected")
     budgets, table = grid.pop("tokens", [cfg.steps * cfg.batch_tokens]), []
@@ -782,12 +783,14 @@ def sweep(cfg):
     best = [min((row for row in table if row["tokens"] == t), key=lambda row: row["bpb"]) for t in budgets]
     print("\n" + " ".join(f"{k:>14}" for k in table[0]))
     for row in table:
-        print(" ".join(f"{v:>14.6g}" if isinstance(v, float | int) else f"{v:>14}" for v in row.values()) + "  <-- best" * (row in best))
+        print(" ".join(f"{v:>14.6g}" if isinstance(v, float | int) else f"{v:>14}" for v in row.values())
+              + "  <-- best" * (row in best))
     fits = {}
     for k in ("lr", "batch_tokens") if len(budgets) > 1 else ():
         b, log_a = np.polyfit(np.log([row["flops"] for row in best]), np.log([row[k] for row in best]), 1)
         fits[k] = math.exp(log_a), b
-        print(f"best {k} = {fits[k][0]:.4g} * FLOPs^{b:.3f}, from {len(budgets)} budgets" + " (two points: no test of it)" * (len(budgets) == 2))
+        print(f"best {k} = {fits[k][0]:.4g} * FLOPs^{b:.3f}, from {len(budgets)} budgets"
+              + " (two points: no test of it)" * (len(budgets) == 2))
     infra.write_json(Path(cfg.out) / "sweep.json", dict(table=table, best=best, fits=fits))
     return dict(table=table, best=best, fits=fits)
 

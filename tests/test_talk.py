@@ -138,3 +138,9 @@ def test_flags_on_the_rotary_embedding_lengthen_context(place, capfd):
     cos, sin = plain.rope(torch.arange(4))
     slow, _ = m.rope(torch.arange(4))
     assert slow.max() == pytest.approx(0.1 * math.log(2) + 1) and cos.max() == 1      # YaRN's temperature
+
+
+def test_a_chat_remembers_as_much_as_yarn_makes_of_it(place, capfd):
+    model, *_ = nano.open_model(options(chat=True, style="compact", rope_factor=4.0), infra.setup(options()))
+    assert (model.config.max_position_embeddings, model.config.original_max_position_embeddings) == (1024, 256)
+    assert "cache for 1,024 tokens" in capfd.readouterr().err
