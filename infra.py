@@ -328,6 +328,7 @@ def all_gather(rt, tensor):
 
 
 def one_line(error):
+    """An error's message without line breaks, at most 200 characters; its type where it has none."""
     return " ".join(str(error).split())[:200] or type(error).__name__
 
 
@@ -1393,12 +1394,12 @@ def curves(runs, y, p):
     return found
 
 
-def draw(curves, width, height=16):
+def draw(drawn, width, height=16):
     """{name: points} -> lines of text, a letter for each curve."""
-    xs, ys = zip(*(point for points in curves.values() for point in points))
+    xs, ys = zip(*(point for points in drawn.values() for point in points))
     (left, right), (low, high) = (min(xs), max(xs)), (min(ys), max(ys))
     grid = [[" "] * width for _ in range(height)]
-    lettered = list(zip(itertools.cycle("abcdefghijklmnopqrstuvwxyz"), curves.items()))
+    lettered = list(zip(itertools.cycle("abcdefghijklmnopqrstuvwxyz"), drawn.items()))
     for letter, (_, points) in lettered:
         for at, value in points:
             column = round((at - left) / ((right - left) or 1) * (width - 1))
