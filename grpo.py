@@ -71,6 +71,7 @@ class Config(Machine):
 LOSSES = ("dapo", "grpo", "dr_grpo", "bnpo")
 START, SUMS, PROBLEMS = 15_000, 20_000, 200  # sums that sft.py has not trained on, how many of them, held-out ones
 SAMPLES = 8                                  # answers to a held-out problem, for pass@1 and pass@8
+ROLLOUT = 0x6770                             # a stream of random numbers apart from evaluation's
 
 
 # --- rewards: (prompt, completion, answer), all text -> a number, or None where they have nothing to say ---------------
@@ -240,7 +241,7 @@ def rollout(run):
         for mine, its in zip(run.sampler.parameters(), run.model.parameters()):
             mine.copy_(its)
     out = nano.generate(run.sampler, [prompts[i] for _, i, _ in jobs], cfg.max_new_tokens, cfg.temperature, stop_ids=run.stop_ids,
-                        seed=[(cfg.seed, k, g, 0x6770) for k, _, g in jobs], compile=cfg.compile)
+                        seed=[(cfg.seed, k, g, ROLLOUT) for k, _, g in jobs], compile=cfg.compile)
     samples, rows, sampled = [], [], []
     for (_, i, _), (ids, logps) in zip(jobs, out):
         finished = ids[-1] in run.stop_ids
@@ -332,14 +333,14 @@ def validate(run):
     cfg, rt = run.cfg, run.rt
     items, _ = sft.evaluate_tasks(run.model, run.tokenizer, run.tasks, cfg, rt)
     made = sft.answers(run.model, run.tokenizer, run.tasks, cfg.mode, cfg, rt, SAMPLES, cfg.temperature)
-    scores = {name: sft.mean(values)[0] for name, values in items.items()}
+    scores = {name: sft.mean_stderr(values)[0] for name, values in items.items()}
     flat = [a for each in made for a in each]
     scores |= {f"{cfg.mode} pass@1": statistics.fmean(a["right"] for a in flat),
                f"{cfg.mode} pass@{SAMPLES}": statistics.fmean(any(a["right"] for a in each) for each in made),
                f"{cfg.mode} sampled tokens": statistics.fmean(a["tokens"] for a in flat),
                f"{cfg.mode} sampled tokens (longest)": max(a["tokens"] for a in flat)}
     if cfg.overlong_max:
-        scores[f"{cfg.mode} beyond {cfg.overlong_max} tokens"] = statistics.fmean(a["tokens"] > cfg.overlong_max for a in flat)
+        scores[f"{cfg.mode} beyond {cfg.overlong_max}"] = statistics.fmean(a["tokens"] > cfg.overlong_max for a in flat)
     run.log.say(f"eval {run.step}: " + " | ".join(f"{name} {value:.{1 if 'tokens' in name else 3}f}"
                                                   for name, value in scores.items() if "cut off" not in name))
     show(run, dict(made[0][0], prompt=run.tasks[0]["prompt"][-1]["content"], answer=run.tasks[0]["answer"], errors=0))
@@ -516,7 +517,7 @@ def main(cfg):
                 log.bar.update(1)
             run.seconds = time.perf_counter() - start
             metrics |= dict(zip(values, sums)) | dict(update_seconds=time.perf_counter() - begun)
-            due = lambda every: run.step // every > (run.step - cfg.num_iterations) // every  # not every step comes by here
+            due = lambda every: run.step // every > (run.step - cfg.num_iterations) // every  # num_iterations of them at once
             if due(cfg.log_every) or run.step in (cfg.num_iterations, cfg.steps) or stopping:
                 line = f"reward {metrics['reward']:.3f} | accuracy {metrics['accuracy']:.3f}"
                 line += " | tokens {:.1f}, median {:.0f}, max {}".format(*(metrics[f"completions/{k}_length"]

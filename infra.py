@@ -120,7 +120,7 @@ def cli(Config, presets={}, argv=None):
                 continue
             key, eq, value = word[2:].partition("=")
             key = key.replace("-", "_")
-            if key != "config":
+            if key != "config" and not (key == "preset" and presets):
                 check(key, f"--{key}")
             if not eq:  # `--key value`; a switch never takes the next word, so `--compile tiny` keeps its preset
                 if kinds.get(key) is bool or getattr(Config, key, None) == "off":
@@ -1271,7 +1271,7 @@ def plan_layout(p, c, speed, sheet):
     tp, micro, reason = layout(p, c, 1e9 * sheet.gb)
     columns = dict(states=12, activations=13, recomputed=13, logits=9, total=9)
     print(f"\nGB, of {sheet.gb} on a {p.gpu}".ljust(29) + "".join(f"{name:>{width}}" for name, width in columns.items()))
-    for t in sorted({1, 2, 4, tp or 1}):
+    for t in sorted({t for t in (1, 2, 4, tp or 1) if t <= p.gpus}):
         m = gpu_memory(c, t, micro or p.micro_batch or 1, p.lora_rank)
         print(f"tp={t} micro_batch={micro or p.micro_batch or 1:<4}{'<--' if t == tp else '':8}" + "".join(
             f"{m[name] / 1e9:{width}.1f}" for name, width in columns.items()))
@@ -1288,11 +1288,12 @@ def plan_layout(p, c, speed, sheet):
     lost = p.save_seconds / every + every / 7200 / hours
     share, tp_share = dp_bytes / link / 1e9 / step, tp_bytes / sheet.peer / 1e9 / step
     print(f"\nlayout      tp={tp} dp={dp} micro_batch={micro}, {rounds} pass{'es' * (rounds > 1)} a step: {batch:,} tokens in "
-          f"{step:.3f} s: {reason}\n"
-          f"traffic     of a GPU in a step: tensor-parallel {tp_bytes / 1e9:.1f} GB, {tp_share:.0%} of the time at {sheet.peer:g} "
-          f"GB/s{': too much, recompute activations instead' * (tp_share > 0.2)};\n            gradients {dp_bytes / 1e9:.1f} GB, "
-          f"{share:.0%} of the time at {link:g} GB/s, {'less' if share < 0.6 else 'more'} than the backward pass can hide\n"
-          f"checkpoint  {12e-9 * N:.3g} GB every {every / 3600:.1f} h (Young; {(every - p.save_seconds) / 3600:.2f} by Daly) if "
+          f"{step:.3f} s: {reason}")
+    if p.gpus > 1:
+        print(f"traffic     of a GPU in a step: tensor-parallel {tp_bytes / 1e9:.1f} GB, {tp_share:.0%} of the time at {sheet.peer:g} "
+              f"GB/s{': too much, recompute activations instead' * (tp_share > 0.2)};\n            gradients {dp_bytes / 1e9:.1f} GB, "
+              f"{share:.0%} of the time at {link:g} GB/s, {'less' if share < 0.6 else 'more'} than the backward pass can hide")
+    print(f"checkpoint  {12e-9 * N:.3g} GB every {every / 3600:.1f} h (Young; {(every - p.save_seconds) / 3600:.2f} by Daly) if "
           f"saving takes {p.save_seconds:g} s and a GPU fails every {hours:,.0f} h: {lost:.1%} of the time lost")
     return dict(tp=tp, dp=dp, micro_batch=micro, accumulation=rounds, step_tokens=batch, step_seconds=step,
                 memory=gpu_memory(c, tp, micro, p.lora_rank), tp_bytes=tp_bytes, dp_bytes=dp_bytes, checkpoint_bytes=12 * N,

@@ -3,7 +3,7 @@
     python sft.py                                          out/base -> out/sft: answer sums, with reasoning and without
     python sft.py --stage=apo                              out/sft -> out/apo: rather right and short than wrong or long
     python sft.py --data=chats.jsonl --init=out/base       your own chats, in any of the formats of data.py
-    python sft.py --lora_rank=8 --lr=5e-3                  train small adapters beside the frozen model
+    python sft.py --lora_rank=8 --optimizer=adamw --lr=1e-2  train small adapters beside the frozen model
     python sft.py --stage=eval --init=out/apo --against=out/sft [--tasks=problems.jsonl]
     python sft.py --stage=merge --models=out/apo:0.9,out/sft:0.1
     torchrun --nproc_per_node=2 sft.py                     two replicas; --tp=2: one model in two halves
@@ -298,7 +298,7 @@ def pack(examples, cfg):
 
 def self_pairs(model, tokenizer, cfg, rt):
     """Four answers by the model to each problem in each mode -> pairs, normalized: the shortest right one over a wrong one, or
-    over one that is right but half as long again. None from a problem whose answers do not differ so."""
+    over one that is right but 1.5 times as long. None from a problem whose answers do not differ so."""
     tasks = read_all("data", cfg.data) if cfg.data else data.sum_problems(SELF, test=False, start=SUMS)
     if not all(is_problem(t) for t in tasks):
         raise ValueError(f"--data={cfg.data}: pairs (prompt + chosen + rejected) or problems (prompt + answer) expected")
@@ -369,7 +369,7 @@ def answers(model, tokenizer, tasks, mode, cfg, rt, samples=1, temperature=0.0, 
     return [[made[i * samples + s] for s in range(samples)] for i in range(len(tasks))]
 
 
-def mean(values):
+def mean_stderr(values):
     """-> (mean, its standard error)."""
     n = len(values)
     return sum(values) / n, statistics.stdev(values) / math.sqrt(n) if n > 1 else math.nan
@@ -424,9 +424,9 @@ def show_scores(columns):
     first, *rest = columns.values()
     print(f"\n{'':20}{'items':>6}" + "".join(f"{name:>20}" for name in columns) + f"{'difference':>20}" * bool(rest))
     for score, values in first.items():
-        cells = [mean(items[score]) for items in columns.values()]
+        cells = [mean_stderr(items[score]) for items in columns.values()]
         if rest and len(rest[0][score]) == len(values):
-            cells.append(mean([b - a for a, b in zip(values, rest[0][score])]))
+            cells.append(mean_stderr([b - a for a, b in zip(values, rest[0][score])]))
         line = "".join(f"{m:11.3f} ± {e:5.3f} " for m, e in cells)
         medians = " (median " + ", ".join(f"{statistics.median(items[score]):.0f}" for items in columns.values()) + ")"
         print(f"{score:20}{len(values):6,}{line}" + medians * score.endswith("tokens"))
@@ -452,7 +452,7 @@ def evaluation(cfg, rt):
                 for mode, made in given.items():
                     for t, each in zip(problems, made):
                         f.write((json.dumps(t | dict(mode=mode, answers=each)) + "\n").encode())
-    result = {name: {score: dict(zip(("mean", "stderr"), mean(v)), items=len(v)) for score, v in items.items()}
+    result = {name: {score: dict(zip(("mean", "stderr"), mean_stderr(v)), items=len(v)) for score, v in items.items()}
               for name, items in columns.items()}
     show_scores(columns)
     if rt.rank == 0:
@@ -479,7 +479,7 @@ def validate(run):
         run.model.train()
     if run.tasks:
         items, _ = evaluate_tasks(run.model, run.tokenizer, run.tasks, cfg, rt)
-        fields["scores"] = {score: mean(v)[0] for score, v in items.items()}
+        fields["scores"] = {score: mean_stderr(v)[0] for score, v in items.items()}
         fields["scores"] |= {f"{s} (median)": statistics.median(v) for s, v in items.items() if s.endswith("tokens")}
         said += [f"{s} {v:.3f}" for s, v in fields["scores"].items() if "tokens" not in s and "cut off" not in s]
     run.log.say(f"eval {run.step}: " + " | ".join(said or ["nothing is held out"]))
@@ -525,7 +525,7 @@ def check(cfg, rt):
     if cfg.stage not in DEFAULTS:
         raise SystemExit(f"--stage={cfg.stage}: sft, apo, eval or merge expected")
     defaults, learns = DEFAULTS[cfg.stage] | dict(out=f"out/{cfg.stage}"), cfg.stage in ("sft", "apo")
-    missing = {k: v for k, v in defaults.items() if not (getattr(cfg, k) or k == "init" and learns)}  # open_model's business
+    missing = {k: v for k, v in defaults.items() if not (getattr(cfg, k) or k == "init" and learns)}  # open_model finds that
     cfg = dataclasses.replace(cfg, **missing)
     rows = cfg.batch // rt.dp_size
     for bad, message in (

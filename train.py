@@ -36,6 +36,7 @@ class Config(nano.Config, Machine):
     text: str = ""                 # file, folder or glob of your own text, NAME=PATH,... for several; default: built in
     jsonl: str = ""                # JSONL files with a "text" key
     hf: str = ""                   # Hugging Face dataset to stream (needs `datasets` and a network)
+    hf_docs: int = 10_000          # documents to take from it
     tokenizer: str = "bytes"       # bytes, a file or folder (tokenizer.json, tokenizer.model), or a tiktoken name such as gpt2
     mixture: str = ""              # smollm3, "text=0.8,code=0.2", or stages "0.7:...;1.0:..."; default: smollm3 or by size
     doc_mask: bool = True          # attention stays within the documents of a row; false: it sees the whole row
@@ -255,8 +256,10 @@ def forward_backward(model, batch, cfg, rt, forwards=None):
     count = max(1, all_sum(rt, int((targets != -100).sum()))[0] / rt.tp_size)  # TP ranks hold the same batch
     net, total, whole = getattr(model, "module", model), 0.0, None
     forward = lambda rows: model(*to_device(rt, ids[rows], docs[rows] if docs[rows].any() else None, targets[rows]))
-    if net.config.num_experts and 0 < cfg.micro_batch < len(ids):  # how the whole step uses them must be known in its first
-        with torch.no_grad():  # pass: a third more work, but balance in every micro-batch would be another, stricter demand
+    # Balanced are the experts of the whole step, so a first pass counts them: a third more work, but to balance them in
+    # every micro-batch would be another, stricter demand.
+    if net.config.num_experts and 0 < cfg.micro_batch < len(ids):
+        with torch.no_grad():
             whole = over_replicas(rt, sum(forward(rows)[2] for rows in micro_batches(model, len(ids), cfg.micro_batch, rt)))
     for rows in micro_batches(model, len(ids), cfg.micro_batch, rt):
         begin = infra.mark(rt)
@@ -309,8 +312,8 @@ def is_spike(loss, norm, norms):
 
     The fourth such norm in a row is no spike but a new level, which clipping copes with: where a model begins to see a
     pattern its gradients leap, and a run that skipped all of those steps would never learn it."""
-    limit = 10 * statistics.median(norms) if len(norms) >= 50 else math.inf
-    return not math.isfinite(loss + norm) or norm > limit >= min(list(norms)[-3:])
+    limit, recent = 10 * statistics.median(norms) if len(norms) >= 50 else math.inf, list(norms)[-3:]
+    return not math.isfinite(loss + norm) or norm > limit and any(n <= limit for n in recent)
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -461,7 +464,7 @@ def begin(cfg, rt):
     try:
         with in_turn(rt):
             tokenizer = data.get_tokenizer(cfg.tokenizer)
-            sources = data.prepare(text=cfg.text, jsonl=cfg.jsonl, hf=cfg.hf, tokenizer=tokenizer,
+            sources = data.prepare(text=cfg.text, jsonl=cfg.jsonl, hf=cfg.hf, hf_docs=cfg.hf_docs, tokenizer=tokenizer,
                                    val_fraction=cfg.val_fraction, out=out.parent / "data", passkey=T if cfg.passkey else 0)
         loader = data.Loader(sources, cfg.mixture, T, cfg.steps * rows, cfg.seed, cfg.skip_samples)
         for s in sources:  # better now than at the first evaluation
@@ -485,6 +488,9 @@ def begin(cfg, rt):
                 rows=rows, tokenizer=tokenizer, sources=sources, loader=loader, pace=deque(maxlen=100), warned=set())
     run.samples = lambda: samples(run)
     run.log.say(headline(run) + f" | resuming after step {run.step}" * resuming)
+    for name, epochs in loader.epochs(cfg.steps * rows).items():
+        if epochs > 5:
+            run.log.say(f"WARNING: {epochs:.1f} epochs of {name}: beyond 5 a source is worth less and less (playbook)")
     return run
 
 
