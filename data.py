@@ -48,7 +48,7 @@ class Config:
     hf: str = ""                  # Hugging Face datasets, NAME or NAME:CONFIG, streamed (needs the package datasets)
     hf_docs: int = 10_000         # documents to take from each of them
     tokenizer: str = "bytes"      # bytes, a file or folder of byte-level BPE, or a tiktoken encoding such as gpt2
-    mixture: str = ""             # smollm3, "text=0.8,code=0.2", or stages "0.7:text=1;1.0:code=1"; default: by size
+    mixture: str = ""             # smollm3, "text=0.8,code=0.2", or stages "0.7:text=1;1.0:code=1"; default: smollm3 or by size
     passkey: int = 0              # a corpus to learn looking things up: documents of up to so many bytes (40 or more; 0: none)
     val_fraction: float = 0.05    # share of the documents held out for validation
     out: str = "out/data"         # folder of the token files
@@ -536,7 +536,9 @@ def find_files(flag, spec):
         pattern = "**/*" if flag == "text" else "**/*.jsonl"               # neither matches hidden files
         found = [path / p for p in glob.glob(pattern, root_dir=path, recursive=True)] if path.is_dir() else \
             [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
-        files = sorted(p for p in found if p.is_file())
+        found = [p for p in found if p.is_file()]
+        made = {p.parent for p in found if re.search(r"(\.train\.bin|ckpt_\d+\.pt)$", p.name)}     # by an earlier run
+        files = sorted(p for p in found if p.parent not in made)
         if not files:
             raise ValueError(f"--{flag}={item}: nothing found: expected a file, a folder with files or a pattern")
         name = name or (path.stem if path.is_file() else path.resolve().name if path.is_dir() else path.parent.name)
@@ -705,6 +707,8 @@ def parse_mixture(spec, sizes):
             for end, _, weights in (part.rpartition(":") for part in spec.split(";")):
                 pairs = [pair.split("=") for pair in weights.split(",")]
                 stages.append((float(end or 1), {name.strip(): float(weight) for name, weight in pairs}))
+                if len(stages[-1][1]) < len(pairs):
+                    raise ValueError("a name twice")
     except ValueError:
         raise ValueError(f'--mixture={spec}: expected smollm3, "a=0.8,b=0.2" or "0.7:a=1;1.0:a=0.5,b=0.5"') from None
     ends = [end for end, _ in stages]
@@ -713,7 +717,7 @@ def parse_mixture(spec, sizes):
     for _, weights in stages:
         if unknown := sorted(set(weights) - set(sizes)):
             raise ValueError(f"--mixture={spec}: no source {', '.join(unknown)}: expected {', '.join(sorted(sizes))}")
-        if not all(0 <= w < math.inf for w in weights.values()) or not sum(weights.values()) > 0:
+        if not all(0 <= w for w in weights.values()) or not 0 < sum(weights.values()) < math.inf:
             raise ValueError(f"--mixture={spec}: weights {weights}: expected none below 0 and one above it")
     return [(end, {name: weights.get(name, 0) / sum(weights.values()) for name in sizes}) for end, weights in stages]
 
@@ -1071,18 +1075,22 @@ def as_messages(value, role):
     return [dict(role=role, content=value)] if isinstance(value, str) else value
 
 
-def pair_of(row):
-    """prompt, chosen, rejected as lists of messages. Without a prompt it is what both answers begin with."""
-    chosen, rejected, prompt = row["chosen"], row["rejected"], row.get("prompt")
+def pair_of(row, prompt):
+    """prompt, chosen, rejected as lists of messages. Without a prompt it is what both answers begin with; a text beside lists
+    that begin with a question is that question, and beside others what comes before them."""
+    chosen, rejected, before = row["chosen"], row["rejected"], []
     if type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
         raise ValueError("chosen and rejected: expected two texts or two lists of messages")
     if chosen == rejected:
         raise Dropped("chosen and rejected are the same")
-    if prompt is None or isinstance(prompt, str) and isinstance(chosen, list):
+    if isinstance(prompt, str) and isinstance(chosen, list):
+        roles = [m.get("role") for m in chosen if isinstance(m, dict)]
+        before, prompt = as_messages(prompt, "user") * ("user" not in roles[:1 + (roles[:1] == ["system"])]), None
+    if prompt is None:
         n = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
         if isinstance(chosen, str):                                     # never in the middle of a word
             n = max(chosen.rfind(space, 0, n) + 1 for space in " \n\t")
-        prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
+        prompt, chosen, rejected = before + chosen[:n] if before else chosen[:n], chosen[n:], rejected[n:]
         if not prompt:
             raise ValueError("chosen and rejected begin differently: expected a prompt")
     elif isinstance(prompt, list) and chosen[:len(prompt)] == prompt == rejected[:len(prompt)]:
@@ -1114,13 +1122,16 @@ def clean_answer(text):
 
 
 def answered(question, answer):
-    """A problem. GSM8K's answers (arXiv 2110.14168) hold the working too, which becomes reasoning, without its <<...>>."""
+    """A problem. Answers of GSM8K (arXiv 2110.14168) and MATH (arXiv 2103.03874) hold the working too, which becomes reasoning,
+    GSM8K's without its <<...>>."""
     if not isinstance(answer, str | int | float) or isinstance(answer, bool):
         raise ValueError(f"answer {answer!r:.40}: expected text or a number")
     working, mark, final = str(answer).rpartition("####")
+    if not mark and (boxed := re.findall(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", final)):
+        working, mark, final = final, "\\boxed", boxed[-1]
     result = dict(prompt=as_messages(question, "user"), answer=clean_answer(final))
     if not result["answer"]:
-        raise ValueError("answer: expected something after ####" if mark else "answer: expected some text")
+        raise ValueError(f"answer: expected something after {mark}" if mark else "answer: expected some text")
     if mark:
         working = re.sub("<<.*?>>", "", working).strip()
         content = f"<think>\n{working}\n</think>\n{result['answer']}"
@@ -1131,6 +1142,12 @@ def answered(question, answer):
 def sorted_out(row):
     """A row by its keys, in order of precedence -> the parts of the internal form, not checked yet."""
     question = next((row[k] for k in ("question", "prompt", "problem") if row.get(k) is not None), None)
+    asked = question
+    if question is None and "instruction" in row:
+        parts = [row["instruction"], row.get("input") or ""]
+        if not all(isinstance(p, str) for p in parts):
+            raise ValueError("instruction, input: expected text")
+        asked = parts[0] + (f"\n\n{parts[1].strip()}" if parts[1].strip() else "")
     answer = next((row[k] for k in ("answer", "solution", "target") if row.get(k) is not None), None)
     if "messages" in row:
         return dict(messages=row["messages"])
@@ -1140,7 +1157,7 @@ def sorted_out(row):
             raise ValueError(f"conversations: expected a list of from ({', '.join(SPEAKERS)}) and value")
         return dict(messages=[dict(role=SPEAKERS[t["from"]], content=t.get("value")) for t in turns])
     if "chosen" in row and "rejected" in row:
-        return pair_of(row)
+        return pair_of(row, asked)
     if "prompt" in row and "completion" in row:
         return dict(messages=as_messages(row["prompt"], "user") + as_messages(row["completion"], "assistant"))
     if "choices" in row and question is not None:
@@ -1148,11 +1165,7 @@ def sorted_out(row):
     if question is not None and answer is not None:
         return answered(question, answer)
     if "instruction" in row and "output" in row:
-        parts = [row["instruction"], row.get("input") or ""]
-        if not all(isinstance(p, str) for p in parts):
-            raise ValueError("instruction, input: expected text")
-        user = parts[0] + (f"\n\n{parts[1].strip()}" if parts[1].strip() else "")
-        return dict(messages=as_messages(user, "user") + as_messages(row["output"], "assistant"))
+        return dict(messages=as_messages(asked, "user") + as_messages(row["output"], "assistant"))
     if isinstance(row.get("text"), str):
         return dict(text=row["text"])
     raise ValueError(f"keys {', '.join(sorted(row)) or 'none'}: expected {FORMATS}")
@@ -1187,9 +1200,10 @@ def normalize(example):
     if options.get("xml_tools") or options.get("python_tools"):
         raise ValueError("xml_tools, python_tools: expected a list of JSON objects under tools")
     check_tools(tools)
-    instructions = options.get("custom_instructions", "")
+    name, keys = ("custom_instructions", options) if "custom_instructions" in options else ("system", example)
+    instructions = keys.get(name, "")
     if not isinstance(instructions, str):
-        raise ValueError(f"custom_instructions {instructions!r}: expected text, or no such key")
+        raise ValueError(f"{name} {instructions!r:.40}: expected text, or no such key")
     chats = [k for k in ("messages", "prompt", "chosen", "rejected") if k in result]
     for k in chats:
         check_messages(result[k])
@@ -1378,17 +1392,22 @@ def show_chats(cfg, tokenizer, limit=5):
     dropped, counts = {}, Counter(rows=0, chats=0, tokens=0, trained=0)
     for where, row in [("sums", row) for row in sum_chats(2)] if cfg.show == "sums" else read_examples(cfg.show, dropped):
         counts["rows"] += 1
-        names = [k for k in ("messages", "chosen", "rejected") if k in row]
+        names = [k for k in ("messages", "chosen", "rejected", "text") if k in row]
+        how = dict(mode=row.get("mode"), style=cfg.style, tools=row.get("tools"), tokenizer=tokenizer)
         for name in names:
+            before = [] if name == "messages" else row.get("prompt", [])
             try:
-                ids, mask = render(row[name] if name == "messages" else row["prompt"] + row[name], row["mode"], cfg.style,
-                                   row.get("tools"), tokenizer=tokenizer)
+                ids, mask = (tokenizer.encode(row["text"]) + [tokenizer.eos], None) if name == "text" else \
+                    render(before + row[name], **how)
+                shared = len(render(before, add_generation_prompt=True, **how)[0]) if before else 0
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
-            counts.update(chats=1, tokens=len(ids), trained=sum(mask))
+            mask = [0] * shared + (mask or [1] * len(ids))[shared:]     # of pairs only what follows the prompt
+            counts.update(chats=name != "text", tokens=len(ids), trained=sum(mask))
             if counts["rows"] <= limit:
-                print(f"--- {where}, {name}, mode {row['mode']}: {len(ids)} tokens, {sum(mask)} trained")
+                print(f"--- {where}, {name}, mode {row.get('mode')}: {len(ids)} tokens, {sum(mask)} trained")
                 show_chat(ids, mask, tokenizer)
+                print("\n" * (name == "text"), end="")
         if not names and counts["rows"] <= limit:
             print(f"--- {where}: {json.dumps(row)}")
     print(f"\n{counts['rows']} rows: {counts['chats']} chats, {counts['tokens']} tokens, {counts['trained']} of them trained"
@@ -1402,6 +1421,7 @@ def main(cfg):
         if cfg.show or cfg.fertility:
             return show_fertility(cfg) if cfg.fertility else show_chats(cfg, get_tokenizer(cfg.tokenizer))
         need(cfg.seq_len > 0, f"--seq_len={cfg.seq_len}", "1 or more")
+        need(0 <= cfg.plan_tokens < 2**62, f"--plan_tokens={cfg.plan_tokens}", "0 to 2**62")
         tokenizer, plan_rows = get_tokenizer(cfg.tokenizer), cfg.plan_tokens // cfg.seq_len
         sources = prepare(cfg.text, cfg.jsonl, cfg.hf, cfg.hf_docs, tokenizer, cfg.val_fraction, cfg.out, cfg.passkey)
         loader = Loader(sources, cfg.mixture, cfg.seq_len, plan_rows, cfg.seed)

@@ -342,6 +342,9 @@ def launch(main, cfg):
             e = SystemExit(f"out of memory ({one_line(e)}): less is taken by --micro_batch=1, shorter rows (--max_position_embeddings, "
                            f"--max_length, --max_new_tokens), --tp=2 under torchrun, in sft.py --lora_rank=16; "
                            f"`python infra.py plan SHAPE --gpu=NAME --gpus=1` tells what a shape needs")
+        if isinstance(e, BrokenPipeError):  # `| head` has seen enough; nor can what is still in the buffer be written
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+            e = SystemExit("nobody reads the output any more: stopped")
         if "TORCHELASTIC_RUN_ID" in os.environ:
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
             if os.environ["RANK"] != "0" or not isinstance(e, SystemExit):  # what all find wrong, rank 0 says

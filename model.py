@@ -16,7 +16,7 @@ Off by default, each a field of Config: sliding window, chunks, QK-norm, latent 
 Names are Hugging Face's, so that exporting is renaming. Shapes in comments: B rows, T tokens, S cached tokens,
 H query heads, KV key/value heads, D head_dim, V vocabulary.
 """
-import codecs, copy, dataclasses, functools, json, math, sys, time, zipfile, zlib
+import codecs, contextlib, copy, dataclasses, functools, json, math, sys, time, zipfile, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -44,7 +44,7 @@ class Config:
     max_position_embeddings: int = 256     # tokens in a training row
     rope_theta: float = 10_000.0           # base of the rotary angles; SmolLM3: 5e4 for rows of 4k, 2e6 for 32k, 5e6 for 64k
     rope_factor: float = 1.0               # YaRN: so many times longer rows than it was trained on; SmolLM3: 2, for 128k
-    original_max_position_embeddings: int = 0  # YaRN: the row length that it was trained on; 0: row length / rope_factor
+    original_max_position_embeddings: int = 0  # YaRN: the row length that it was trained on; 0: the one before
     no_rope_layer_interval: int = 4        # every n-th layer has no RoPE (NoPE); 0: RoPE everywhere
     sliding_window: int = 0                # RoPE layers see only that many tokens, NoPE layers all; 0: off
     attention_chunk: int = 0               # RoPE layers see only their own chunk of so many positions (Llama 4); 0: off
@@ -616,7 +616,7 @@ def kv_bytes_per_token(c, bytes_per_element=2, tp=1):
 
 
 def lora_params(c, rank):
-    """Of adapters beside all matrices of the blocks, each rank · (inputs + outputs)."""
+    """Of adapters beside all matrices of the blocks, each rank · (inputs + outputs): sft.py's, and a router's and MLA's kv_b."""
     return c.num_hidden_layers * rank * sum(n * (i + o) for n, i, o in matrices(c))
 
 
@@ -766,7 +766,7 @@ def generate(model, prompts, max_new_tokens, temperature=1.0, top_k=0, top_p=1.0
 
 def checkpoints(directory):
     """Checkpoint files in a run directory, newest first."""
-    return sorted(Path(directory).glob("ckpt_*.pt"), reverse=True)
+    return sorted(Path(directory).glob("ckpt_*.pt"), key=lambda path: (len(path.name), path.name), reverse=True)
 
 
 def save_checkpoint(directory, model, step=0, consumed_samples=0, stage="base", tokenizer="bytes", optimizer=None,
@@ -855,6 +855,7 @@ def load_checkpoint(directory, device="cpu", tp=None, dtype=torch.float32):
         if (b := f"{n[:-6]}lora_B") in weights:
             added = shard(lora["scale"] * weights[b] @ weights[b[:-1] + "A"], p.tp_dim, tp)
             p.data = (p.data.float() + added.to(p.device)).to(dtype)
+    model.config = config  # what the caller may have extended, also where the weights came with a config of their own
     return model, state
 
 
@@ -876,15 +877,19 @@ HF_DETAILS = ("qk_rope_head_dim", "num_experts_per_tok", "moe_intermediate_size"
 
 def hf_config(path):
     """config.json of transformers' SmolLM3ForCausalLM or LlamaForCausalLM -> Config, or one line on what it has that we lack."""
-    def refuse(name, value, expected):
-        raise SystemExit(f"{path}: {name}={json.dumps(value)}: {expected} expected")
     try:
-        c = json.loads(Path(path).read_text(encoding="utf-8"))
-        kind = c.pop("model_type")
-        c = HF_DEFAULTS[kind] | c
+        return hf_fields(path)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise SystemExit(f"{path}: {type(e).__name__}: {e}: the config.json of a model_type {' or '.join(HF_DEFAULTS)} "
                          f"expected") from None
+
+
+def hf_fields(path):
+    def refuse(name, value, expected):
+        raise SystemExit(f"{path}: {name}={json.dumps(value)}: {expected} expected")
+    c = json.loads(Path(path).read_text(encoding="utf-8"))
+    kind = c.pop("model_type")
+    c = HF_DEFAULTS[kind] | c
     c |= hf_rope(c, refuse)
     layers, types = c.pop("no_rope_layers", None), set(c.pop("layer_types", None) or ["full_attention"])
     c["no_rope_layer_interval"] = 0 if layers and all(layers) else c["no_rope_layer_interval"]  # 1: this layer has RoPE
@@ -894,6 +899,9 @@ def hf_config(path):
             refuse(name, value, json.dumps(HF_ONLY[name]))
         if name not in HF_ONLY and name not in HF_IRRELEVANT | fields:
             refuse(name, value, "nothing of that name")
+        wanted = Config.__dataclass_fields__[name].type if name in fields else object
+        if not isinstance(value, (wanted, int)) and (value is not None or name not in ("num_key_value_heads", "head_dim")):
+            refuse(name, value, wanted.__name__)
     if missing := [name for name in HF_SHAPE if name not in c]:
         raise SystemExit(f"{path}: {', '.join(missing)} expected")
     if not c.get("num_key_value_heads"):
@@ -949,8 +957,11 @@ def hf_checkpoint(directory):
         raise SystemExit(str(e)) from None
     if tokenizer.size > config.vocab_size:
         config.vocab_size = tokenizer.vocab_size
-    template = directory / "chat_template.jinja"
-    text = template.read_text(encoding="utf-8") if template.exists() else ""
+    template, settings, text = directory / "chat_template.jinja", directory / "tokenizer_config.json", ""
+    if template.exists():
+        text = template.read_text(encoding="utf-8", errors="replace")
+    elif settings.exists():  # the older place
+        text = str(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
     marks = [*((theirs, style) for style, theirs in JINJA.items()), ("Reasoning Mode", "smollm3"), ("<|im_start|>", "chatml")]
     style = next((style for mark, style in marks if mark in text), "")
     return dict(model=None, model_config=config, tokenizer=tokenizer.state, optimizer={}, step=0, consumed_samples=0, stage="hf",
@@ -1016,6 +1027,9 @@ def to_hf(model, directory, tokenizer=None, style="", dtype=torch.bfloat16, shar
         raise SystemExit("".join(f"{name}={getattr(c, name)}, " for name in HF_LACKS) + f"tp={model.tp is not None}: "
                          f"none of them expected: transformers' SmolLM3 and Llama have no such thing")
     kind, theirs = ("smollm3", "SmolLM3ForCausalLM") if c.no_rope_layer_interval else ("llama", "LlamaForCausalLM")
+    if kind == "llama" and c.hidden_size % c.num_attention_heads:
+        raise SystemExit(f"hidden_size={c.hidden_size}: a multiple of num_attention_heads={c.num_attention_heads} expected: "
+                         f"transformers refuses other Llamas")
     if tokenizer and tokenizer.size > c.vocab_size:
         raise SystemExit(f"vocab_size={c.vocab_size}: the {tokenizer.size} of tokenizer {tokenizer.name}, or more, expected")
     special, ids = tokenizer.special if tokenizer else {}, dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
@@ -1023,13 +1037,15 @@ def to_hf(model, directory, tokenizer=None, style="", dtype=torch.bfloat16, shar
         ends = ["<|im_end|>"] * bool(style) + ["<|endoftext|>"]
         ids = dict(bos_token_id=tokenizer.bos, eos_token_id=[special[s] for s in ends], pad_token_id=special["<|pad|>"])
     rope, ours = dict(rope_type="default", rope_theta=c.rope_theta), dataclasses.asdict(c)
+    scaling = {}
     if c.rope_factor > 1:
         trained = c.original_max_position_embeddings or round(c.max_position_embeddings / c.rope_factor)  # as yarn() has it
         rope |= dict(rope_type="yarn", factor=c.rope_factor, original_max_position_embeddings=trained)
+        scaling = dict(rope_scaling=rope)  # transformers 4 reads no rope_parameters
     config = {k: v for k, v in ours.items() if k not in (*HF_LACKS, *HF_DETAILS, "no_rope_layer_interval", "rope_factor",
                                                          "original_max_position_embeddings")}
     config |= dict(architectures=[theirs], model_type=kind, head_dim=c.head_size, dtype=str(dtype)[6:], torch_dtype=str(dtype)[6:],
-                   rope_parameters=rope, **ids,
+                   rope_parameters=rope, **scaling, **ids,
                    **{k: HF_ONLY[k] for k in ("hidden_act", "attention_bias", "mlp_bias", "attention_dropout")})
     if kind == "smollm3":
         layers = range(c.num_hidden_layers)
@@ -1041,8 +1057,12 @@ def to_hf(model, directory, tokenizer=None, style="", dtype=torch.bfloat16, shar
         if size > shard_bytes and files[-1]:
             files, size = files + [{}], p.numel() * dtype.itemsize
         files[-1][n if n.startswith("lm_head") else f"model.{n}"] = p.detach()
-    directory.mkdir(parents=True, exist_ok=True)
-    if any(directory.iterdir()):
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        full = any(directory.iterdir())
+    except OSError as e:
+        raise SystemExit(f"{directory}: {e.strerror}: an empty directory expected") from None
+    if full:
         raise SystemExit(f"{directory}: an empty directory expected: nothing is written over")
     n = len(files)
     names = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)] if n > 1 else ["model.safetensors"]
@@ -1065,8 +1085,11 @@ def model_card(config, extra, name):
     """README.md of an exported model: what a reader of it wants to know, as far as the checkpoint and its directory tell."""
     path, script = Path(extra["path"]), dict(base="train", grpo="grpo", hf="").get(extra["stage"], "sft")
     log, settings = path.with_name("metrics.jsonl"), extra["train_config"]
-    rows = [json.loads(line) for line in log.open(encoding="utf-8")] if script and log.exists() else []
-    last = next((row for row in reversed(rows) if row.get("final")), {})
+    last = {}
+    for line in log.open(encoding="utf-8", errors="replace") if script and log.exists() else ():
+        with contextlib.suppress(ValueError):  # half a row, of a run that was killed
+            row = json.loads(line)
+            last = row if isinstance(row, dict) and row.get("final") else last
     found = {k: last[k] for k in ("loss", "val_loss") if k in last} | last.get("scores", {})
     found |= {f"bits per byte, held-out {k}": v for k, v in last.get("val_bpb", {}).items()}
     data = ", ".join(str(settings[k]) for k in ("text", "jsonl", "hf", "data", "problems") if settings.get(k))
@@ -1179,6 +1202,19 @@ def bench(cfg):
                 params=num_params(model.config), machine=rt.name, torch=torch.__version__)
 
 
+def export(cfg):
+    """--export_hf: a run for transformers, with what the flags say on the rotary embedding."""
+    from data import get_tokenizer
+    dtype, state = torch.float32 if cfg.dtype == "float32" else torch.bfloat16, read_checkpoint(cfg.init, fold=False)
+    extend(state["model_config"], cfg)
+    model, extra = load_checkpoint(state, dtype=dtype)
+    style, name = extra["train_config"].get("style", ""), Path(cfg.export_hf).name
+    to_hf(model, cfg.export_hf, get_tokenizer(extra["tokenizer"]), style, dtype, card=model_card(model.config, extra, name))
+    print(f"wrote {cfg.export_hf}; try: transformers chat {cfg.export_hf}; before you publish it, fill in the licence in its "
+          f"README.md")
+    return {"export_hf": cfg.export_hf}
+
+
 def open_model(cfg, rt):
     """-> (model, its weights in the dtype of the matmuls, ready to write; tokenizer; chat template; stop ids). Says what memory
     that takes before it is taken."""
@@ -1241,7 +1277,7 @@ COMMANDS = ("/think and /no_think switch, /system TEXT begins anew under that, /
 
 def chat(model, tokenizer, style, stop, cfg):
     """Talk until the end of the input -> {"messages": [...]}. Turns that no longer fit are forgotten, the oldest first."""
-    from data import reasoned, render
+    from data import effective_mode, reasoned, render
     keyboard, messages, mode, turn = sys.stdin.isatty(), [], cfg.mode, 0
     window = min(cfg.context, model.config.max_position_embeddings)
     if keyboard:
@@ -1252,6 +1288,9 @@ def chat(model, tokenizer, style, stop, cfg):
             line = input(f"{mode}> " if keyboard else "").strip()
         except (EOFError, KeyboardInterrupt):
             return dict(messages=messages)
+        except UnicodeDecodeError as e:
+            print(f"{e}: a line of UTF-8 expected", file=sys.stderr)
+            continue
         command, _, rest = line.partition(" ")
         if command in ("/think", "/no_think"):
             mode, line = command[1:], rest.strip()
@@ -1267,16 +1306,17 @@ def chat(model, tokenizer, style, stop, cfg):
         if not line:
             continue
         n = sum(m["role"] == "system" for m in messages)
-        messages, turn = [*messages, dict(role="user", content=line)], turn + 1
+        kept, turn = [*messages, dict(role="user", content=line)], turn + 1
+        now = effective_mode(kept, mode)
         while True:
-            ids, _ = render([reasoned(m, mode) for m in messages], mode, style, add_generation_prompt=True, tokenizer=tokenizer)
-            if len(ids) <= window - min(cfg.max_new_tokens, window // 4) or len(messages) <= n + 1:
+            ids, _ = render([reasoned(m, now) for m in kept], now, style, add_generation_prompt=True, tokenizer=tokenizer)
+            if len(ids) <= window - min(cfg.max_new_tokens, window // 4) or len(kept) <= n + 1:
                 break
-            del messages[n:n + 2]
+            del kept[n:n + 2]
         if len(ids) >= window:
             print(f"{len(ids)} tokens: fewer than {window} expected (--context, max_position_embeddings)", file=sys.stderr)
-            messages.pop()
             continue
+        messages = kept
         start = time.perf_counter()  # room for the whole window, always: a compiled step is for one size of the cache
         text, tokens, finished = write(model, ids, tokenizer, stop, cfg, cfg.max_new_tokens, window - len(ids), (cfg.seed, turn))
         messages.append(dict(role="assistant", content=text))
@@ -1302,6 +1342,21 @@ def continuations(model, tokenizer, style, stop, prompts, cfg):
 
 def main(cfg):
     """The table, a benchmark, an export, a chat, or text after prompts."""
+    for bad, message in ((cfg.mode not in ("think", "no_think"), f"--mode={cfg.mode}: think or no_think expected"),
+                         (cfg.style not in ("", "compact", "smollm3", "chatml"),
+                          f"--style={cfg.style}: compact, smollm3 or chatml expected"),
+                         (min(cfg.num_samples, cfg.batch, cfg.context, cfg.max_new_tokens, cfg.prompt_tokens) < 1,
+                          "--num_samples, --batch, --context, --max_new_tokens, --prompt_tokens: at least 1 expected"),
+                         (cfg.max_new_tokens > 2**31, f"--max_new_tokens={cfg.max_new_tokens}: at most 2 ** 31 expected"),
+                         (cfg.bench and cfg.vocab_size < 1, f"--vocab_size={cfg.vocab_size}: at least 1 expected"),
+                         (cfg.export_hf and cfg.dtype not in ("auto", "float32", "bfloat16"),
+                          f"--dtype={cfg.dtype}: float32 or bfloat16 expected"),
+                         (not (cfg.init or cfg.bench) and (cfg.export_hf or cfg.chat or cfg.prompt or cfg.prompt_file),
+                          "--export_hf, --chat, --prompt, --prompt_file: a run directory, too, expected: python model.py out/base ..."),
+                         (min(cfg.temperature, cfg.top_k) < 0 or not 0 < cfg.top_p <= 1,
+                          "--temperature, --top_k: 0 or more expected; --top_p: above 0 and at most 1")):
+        if bad:
+            raise SystemExit(message)
     if cfg.bench:
         result = bench(cfg)
         print(json.dumps(result))
@@ -1310,27 +1365,11 @@ def main(cfg):
         print(table())
         return {}
     if cfg.export_hf:
-        from data import get_tokenizer
-        dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
-        model, extra = load_checkpoint(cfg.init, dtype=dtype)
-        style, name = extra["train_config"].get("style", ""), Path(cfg.export_hf).name
-        to_hf(model, cfg.export_hf, get_tokenizer(extra["tokenizer"]), style, dtype, card=model_card(model.config, extra, name))
-        print(f"wrote {cfg.export_hf}; try: transformers chat {cfg.export_hf}; before you publish it, fill in the licence in its "
-              f"README.md")
-        return {"export_hf": cfg.export_hf}
-    for bad, message in ((cfg.mode not in ("think", "no_think"), f"--mode={cfg.mode}: think or no_think expected"),
-                         (cfg.style not in ("", "compact", "smollm3", "chatml"),
-                          f"--style={cfg.style}: compact, smollm3 or chatml expected"),
-                         (min(cfg.num_samples, cfg.batch, cfg.context, cfg.max_new_tokens) < 1,
-                          "--num_samples, --batch, --context, --max_new_tokens: at least 1 expected"),
-                         (min(cfg.temperature, cfg.top_k) < 0 or not 0 < cfg.top_p <= 1,
-                          "--temperature, --top_k: 0 or more expected; --top_p: above 0 and at most 1")):
-        if bad:
-            raise SystemExit(message)
+        return export(cfg)
     rt, prompts = setup(cfg), [cfg.prompt]
     if cfg.prompt_file:
         try:
-            prompts = Path(cfg.prompt_file).read_text(encoding="utf-8").splitlines()
+            prompts = Path(cfg.prompt_file).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
         except (OSError, ValueError) as e:
             raise SystemExit(f"--prompt_file={cfg.prompt_file}: {e}: a text file expected, a prompt on each line") from None
     if rt.world_size > rt.tp_size or cfg.chat and rt.world_size > 1 and prompts == [""]:

@@ -626,6 +626,38 @@ def test_a_pair_that_differs_only_in_reasoning_is_dropped_in_no_think():
         data.normalize(dict(prompt="p", chosen=THINKING, rejected="<think>r</think>B", mode="no_think"))
 
 
+@pytest.mark.parametrize("row, prompt, chosen", [
+    (dict(question="What colour is the sky?", chosen="The sky is blue.", rejected="The sky is green."),
+     [U("What colour is the sky?")], "The sky is blue."),
+    (dict(instruction="Say", input="a word", chosen="one x", rejected="one y"), [U("Say\n\na word")], "one x"),
+    (dict(system="Be rude.", question="Who?", chosen="I.", rejected="You."), [S("Be rude."), U("Who?")], "I."),
+    (dict(prompt="u", chosen=[A("a"), U("x"), A("c")], rejected=[A("a"), U("x"), A("d")]), [U("u"), A("a"), U("x")], "c"),
+    (dict(prompt="u", chosen=[A("a")], rejected=[A("b")]), [U("u")], "a"),
+    (dict(prompt="u", chosen=[U("u"), A("a")], rejected=[U("u"), A("b")]), [U("u")], "a"),
+    (dict(prompt="u", chosen=[S("s"), U("u"), A("a")], rejected=[S("s"), U("u"), A("b")]), [S("s"), U("u")], "a"),
+    (dict(chosen="Human: hi Robot: yes", rejected="Human: hi Robot: no"), [U("Human: hi Robot: ")], "yes")])
+def test_a_pair_keeps_its_question(row, prompt, chosen):
+    row = data.normalize(row)
+    assert (row["prompt"], row["chosen"]) == (prompt, [A(chosen)])
+
+
+def test_a_system_prompt_beside_a_chat_is_its_first_message_and_none_is_refused():
+    for row in (dict(instruction="Hi", output="Go"), dict(conversations=[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Go"}]),
+                dict(prompt="Hi", completion="Go"), dict(messages=[U("Hi"), A("Go")])):
+        assert data.normalize(row | dict(system="Be rude."))["messages"] == [S("Be rude."), U("Hi"), A("Go")]
+        assert data.normalize(row | dict(system=""))["messages"] == [U("Hi"), A("Go")]
+        with pytest.raises(ValueError, match="system None: expected text, or no such key"):
+            data.normalize(row | dict(system=None))
+    assert data.normalize(dict(messages=[S("own"), U("Hi"), A("Go")], system="other"))["messages"][0] == S("own")
+
+
+def test_the_answer_of_a_solution_is_what_it_boxes_and_the_rest_is_reasoning():
+    row = data.normalize(dict(problem="Half?", solution=r"First \boxed{1}, then \boxed{\frac{1}{2^{1}}}."))
+    assert row["answer"] == r"\frac{1}{2^{1}}" and row["mode"] == "think"
+    assert row["messages"][-1]["content"].startswith("<think>\nFirst") and row["messages"][-1]["content"].endswith("</think>\n" + row["answer"])
+    assert data.normalize(dict(problem="?", solution="no box"))["answer"] == "no box"
+
+
 def test_a_label_beyond_the_choices_is_no_answer():
     with pytest.raises(ValueError, match="label .*: expected one for each of the 2 choices"):
         data.normalize(dict(Q, choices=dict(text=["x", "y"], label=["A", "B", "C"]), answerKey="C"))
@@ -906,9 +938,12 @@ def test_show_counts_all_chats_but_prints_a_few(tmp_path, capsys):
     assert counts["chats"] == 9 and out.count("--- ") == 5 and "\n9 rows: 9 chats, " in out
 
 
-def test_show_prints_no_more_of_rows_that_are_no_chats(tmp_path, capsys):
-    _, out = shown(capsys, write(tmp_path / "x.jsonl", [dict(text=f"text {i}") for i in range(30)]))
-    assert '"text 0"' in out and out.count("--- ") == 5
+def test_show_marks_all_of_a_text_and_of_a_pair_what_follows_the_prompt(tmp_path, capsys):
+    counts, out = shown(capsys, write(tmp_path / "x.jsonl", [dict(text=f"text {i}") for i in range(30)]))
+    assert "‹text 0<|endoftext|>›" in out and out.count("--- ") == 5 and counts["trained"] == counts["tokens"] == 230
+    asked = [U("a"), A("OLD"), U("b")]
+    _, out = shown(capsys, write(tmp_path / "y.jsonl", [dict(prompt=asked, chosen="new", rejected="bad")]))
+    assert re.findall("‹(.*?)›", out, re.S) == ["new<|im_end|>", "bad<|im_end|>"]
 
 
 def test_show_knows_the_embedded_sums(capsys):

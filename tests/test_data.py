@@ -525,3 +525,28 @@ def test_prefetch_raises_what_went_wrong_in_its_thread():
     with pytest.raises(ZeroDivisionError):
         next(batches)
     assert threading.active_count() == before
+
+
+def test_a_folder_with_runs_in_it_is_read_without_them(tmp_path):
+    """Else every start would find other documents, and prepare them anew."""
+    for file in ("a.txt", "sub/b.txt", "out/base/ckpt_00000007.pt", "out/base/metrics.jsonl", "out/data/a.train.bin", "out/data/a.train.json"):
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).write_text(f"text of {file}")
+    [(_, files)] = data.find_files("text", str(tmp_path))
+    assert [f.name for f in files] == ["a.txt", "b.txt"]
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(plan_tokens=-1), "--plan_tokens=-1: expected 0"), (dict(plan_tokens=10**30), "--plan_tokens"), (dict(seq_len=0), "--seq_len=0"),
+    (dict(mixture="a=1e308,b=1e308"), "none below 0 and one above it"), (dict(mixture="a=1,a=2"), "--mixture=a=1,a=2: expected")])
+def test_what_data_cannot_do_is_one_line(tmp_path, change, message):
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("some words and more of them\n" * 200)
+    with pytest.raises(SystemExit, match=message):
+        data.main(data.Config(text=f"{tmp_path}/a.txt,{tmp_path}/b.txt", out=str(tmp_path / "out"), **change))
+
+
+def test_epochs_are_rows_drawn_by_rows_there(tmp_path):
+    (tmp_path / "a.txt").write_text("some words and more of them\n" * 200)
+    loader = data.Loader(data.prepare(str(tmp_path / "a.txt"), out=tmp_path), "", 16, 1000, 0)
+    assert loader.epochs(loader.n_rows[0] * 3) == {"a": 3.0}

@@ -125,7 +125,7 @@ def test_a_directory_without_template_or_chat_tokens_can_be_evaluated_and_merged
 
 def test_the_model_card_tells_shape_data_command_and_metrics_and_leaves_the_licence(here):
     checkpoint()
-    Path("run/metrics.jsonl").write_text(json.dumps(dict(step=7, final=True, loss=1.5, scores={"think accuracy": 0.875})) + "\n")
+    Path("run/metrics.jsonl").write_text(json.dumps(dict(step=7, final=True, loss=1.5, scores={"think accuracy": 0.875})) + '\n{"half')
     export()
     card = Path("hf/README.md").read_text(encoding="utf-8")
     for part in ("library_name: transformers", "license: other", "| num_key_value_heads | 2 |", "stage sft, 7 steps", "chats.jsonl",
@@ -214,3 +214,30 @@ def test_a_directory_whose_tokenizer_we_cannot_read_is_one_line(here):
         nano.load_checkpoint("hf")
     with pytest.raises(SystemExit, match="vocab_size=64: the 264 of tokenizer bytes, or more, expected"):
         nano.to_hf(nano.Transformer(nano.Config(**SHAPE | dict(vocab_size=64))), here / "small", TOK)
+
+
+def test_flags_on_the_rotary_embedding_reach_an_exported_model_and_adapters_too(here):
+    checkpoint(), export()
+    model, *_, = nano.open_model(nano.Options(init="hf", rope_theta=40_000.0, rope_factor=4.0, chat=True, device="cpu"), infra.setup(nano.Options(device="cpu")))
+    assert (model.config.rope_theta, model.config.rope_factor, model.config.max_position_embeddings) == (40_000.0, 4.0, 1024)
+    Path("few.jsonl").write_text(json.dumps(dict(messages=[*CHAT, dict(role="assistant", content="46")])) + "\n")
+    sft.main(sft.Config(init="run", data="few.jsonl", val_fraction=0.0, steps=1, batch=1, lora_rank=2, out="lora", device="cpu", dtype="float32"))
+    model, *_, = nano.open_model(nano.Options(init="lora", rope_factor=4.0, chat=True, device="cpu"), infra.setup(nano.Options(device="cpu")))
+    assert (model.config.rope_factor, model.config.max_position_embeddings) == (4.0, 1024)
+    export(to="longer", rope_factor=4.0)
+    config = json.loads(Path("longer/config.json").read_text())
+    assert config["rope_scaling"] == config["rope_parameters"] and config["rope_scaling"]["factor"] == 4.0      # transformers 4 reads the first
+    assert nano.hf_config("longer/config.json").rope_factor == 4.0
+
+
+def test_a_template_inside_the_tokenizers_settings_tells_the_style(here):
+    checkpoint(style="chatml"), export()
+    settings = json.loads(Path("hf/tokenizer_config.json").read_text()) | dict(chat_template=Path("hf/chat_template.jinja").read_text())
+    Path("hf/tokenizer_config.json").write_text(json.dumps(settings)), Path("hf/chat_template.jinja").unlink()
+    assert nano.read_checkpoint("hf", fold=False)["train_config"]["style"] == "chatml"
+
+
+def test_a_llama_that_transformers_would_refuse_is_not_exported(here):
+    m = nano.Transformer(nano.Config(**SHAPE | dict(hidden_size=36, num_attention_heads=5, num_key_value_heads=5, head_dim=8, no_rope_layer_interval=0)))
+    with pytest.raises(SystemExit, match="hidden_size=36: a multiple of num_attention_heads=5 expected"):
+        nano.to_hf(m, "hf")

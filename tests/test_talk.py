@@ -82,6 +82,32 @@ def test_turns_that_do_not_fit_are_forgotten_but_the_system_message_stays(place,
     assert "fewer than 256 expected" in capfd.readouterr().err
 
 
+def test_a_line_that_is_too_long_is_refused_and_nothing_is_forgotten_for_it(place, monkeypatch, capfd):
+    messages = talk(monkeypatch, f"one\ntwo\n{'x' * 500}\n")
+    assert [m["content"] for m in messages[::2]] == ["one", "two"] and "fewer than 256 expected" in capfd.readouterr().err
+
+
+def test_a_flag_in_the_system_message_decides_what_is_kept_of_earlier_thoughts(place, monkeypatch):
+    shown = []
+    monkeypatch.setattr(nano, "write", lambda model, ids, *more: shown.append(TOK.decode(ids)) or ("<think>\nhm\n</think>\nyes", 3, True))
+    talk(monkeypatch, "/system /think\na\nb\n", mode="no_think")
+    assert "hm" in shown[1]
+    talk(monkeypatch, "/system /no_think Be brief.\na\nb\n")
+    assert "hm" not in shown[3] and "yes" in shown[3]
+
+
+def test_a_prompt_is_a_line_and_no_more(place, capfd):
+    Path("p.txt").write_bytes(b"\xef\xbb\xbfabc\nde\x0cf\xe2\x80\xa8g\n")
+    samples = nano.main(options(prompt_file="p.txt", json=True, max_new_tokens=1))["samples"]
+    assert [s["prompt"] for s in samples] == ["abc", "de\x0cf\u2028g"]
+
+
+def test_a_reader_that_leaves_is_no_stack_trace(place):
+    run = subprocess.run(f"{sys.executable} {nano.__file__} base --prompt=a --max_new_tokens=200 --device=cpu | head -c 1", shell=True,
+                         capture_output=True, text=True, errors="replace", env=dict(__import__("os").environ, OMP_NUM_THREADS="1"))
+    assert "Traceback" not in run.stderr and "nobody reads the output" in run.stderr, run.stderr
+
+
 def test_a_chat_with_a_prompt_is_one_answer(place, capfd):
     text = nano.main(options(chat=True, prompt="12+34=", mode="no_think"))["text"]
     assert text == answer([dict(role="user", content="12+34=")], "no_think", (0, 0)) and text in capfd.readouterr().out
@@ -115,7 +141,11 @@ def test_memory_is_said_before_it_is_taken_and_refused_where_a_gpu_lacks_it(plac
 def test_what_cannot_be_is_one_line(place, monkeypatch):
     for change, message in ((dict(mode="loud"), "--mode=loud: think or no_think"), (dict(style="loud"), "--style=loud"), (dict(num_samples=0), "--num_samples"), (dict(temperature=-1.0), "--temperature, --top_k"), (dict(top_p=2.0), "--top_p"),
                             (dict(init="nowhere"), "no checkpoint"),
-                            (dict(prompt_file="nowhere"), "--prompt_file=nowhere: .*a text file expected")):
+                            (dict(prompt_file="nowhere"), "--prompt_file=nowhere: .*a text file expected"),
+                            (dict(bench=True, batch=0), "--batch"), (dict(bench=True, prompt_tokens=0), "--prompt_tokens"),
+                            (dict(max_new_tokens=10**12), "at most 2 .. 31"), (dict(bench=True, vocab_size=0), "--vocab_size=0"),
+                            (dict(init="", chat=True), "--chat, .*a run directory"), (dict(export_hf="x", dtype="flaot32"), "--dtype=flaot32"),
+                            (dict(export_hf="base/ckpt_00000000.pt/x"), "Not a directory: an empty directory")):
         with pytest.raises(SystemExit, match=message):
             nano.main(options(**change))
 
