@@ -537,8 +537,8 @@ def find_files(flag, spec):
         found = [path / p for p in glob.glob(pattern, root_dir=path, recursive=True)] if path.is_dir() else \
             [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
         found = [p for p in found if p.is_file()]
-        made = {p.parent for p in found if re.search(r"(\.train\.bin|ckpt_\d+\.pt)$", p.name)}     # by an earlier run
-        files = sorted(p for p in found if p.parent not in made)
+        runs = {p.parent for p in found if re.fullmatch(r"ckpt_\d+\.pt", p.name)}      # what earlier runs have made is no text
+        files = sorted(p for p in found if p.parent not in runs and not re.search(r"\.(train|val)\.(bin|json)$", p.name))
         if not files:
             raise ValueError(f"--{flag}={item}: nothing found: expected a file, a folder with files or a pattern")
         name = name or (path.stem if path.is_file() else path.resolve().name if path.is_dir() else path.parent.name)

@@ -116,7 +116,7 @@ def load_rewards(spec):
             if rest or not callable(function) or name in {*result, "overlong"} or not math.isfinite(weight):
                 raise ValueError(f"{' or '.join(REWARDS)}, or FILE.py:FUNCTION (not called overlong), once each, "
                                  f"with :WEIGHT or without, expected")
-        except Exception as e:  # a file of the user's can fail in any way
+        except (Exception, SystemExit) as e:  # a file of the user's can fail in any way
             why = "" if isinstance(e, ValueError) else f"{type(e).__name__}, FILE.py:FUNCTION[:WEIGHT] expected: "
             raise SystemExit(f"--rewards={item}: {why}{data.one_line(e)}") from None
         result[name] = function, weight
@@ -124,26 +124,27 @@ def load_rewards(spec):
 
 
 def score(run, sample):
-    """Fill in sample["rewards"], {name: value or None}, and sample["reward"], their weighted sum (NaN: nobody had anything to
-    say). A function that fails or returns no number has nothing to say; that is counted, and said once."""
+    """Fill in sample["rewards"], {name: value or None}, and sample["reward"], their weighted sum (NaN: no function had anything
+    to say). A function that fails or returns no number has nothing to say; that is counted, and said once."""
     values, cfg = {}, run.cfg
     for name, (function, _) in run.rewards.items():
         try:
             value = function(sample["prompt"], sample["text"], sample["answer"])
             if function in REWARDS.values() and not sample["finished"]:  # cut off, it is neither right nor well-formed
                 value = 0.0
-            if value is not None and not math.isfinite(value := float(value)):
+            if value is not None and not abs(value := float(value)) < 1e30:  # nor NaN
                 raise ValueError(f"{value} is no reward")
-        except Exception as e:
+        except (Exception, SystemExit) as e:
             value, sample["errors"] = None, sample["errors"] + 1
             sample["complaints"] = sample.get("complaints", {}) | {name: f"{type(e).__name__}: {data.one_line(e)}"}
         values[name] = value
     complain(run, sample)
+    mute = bool(values) and all(v is None for v in values.values())  # a penalty alone would make it better than what was scored
     weights = {name: weight for name, (_, weight) in run.rewards.items()}
     if cfg.overlong_max:
         values["overlong"], weights["overlong"] = overlong_penalty(sample["tokens"], cfg.overlong_max, cfg.overlong_cache), 1.0
     known = [weights[name] * v for name, v in values.items() if v is not None]
-    sample |= dict(rewards=values, reward=sum(known) if known else math.nan)
+    sample |= dict(rewards=values, reward=math.nan if mute or not known else sum(known))
 
 
 def complain(run, sample):
@@ -444,7 +445,7 @@ def begin(cfg, rt):
     """Models, problems, optimizers and where the run stands: everything main() needs, new or from the newest checkpoint."""
     rewards = load_rewards(cfg.rewards)
     cfg = dataclasses.replace(cfg, beta=0.0) if cfg.teacher else cfg  # there the teacher is what it stays close to
-    locked, resuming = train.occupy(cfg, rt)
+    locked, resuming = train.occupy(cfg, rt, cfg.init or "out/apo", cfg.init or "out/sft", cfg.teacher)
     model, extra, reference, teacher = open_model(cfg, rt, resuming)
     before = extra["train_config"]
     date = cfg.date or resuming and before["date"] or time.strftime("%d %B %Y")  # a run does not change with the day
@@ -465,6 +466,11 @@ def begin(cfg, rt):
     run.monitor |= dict(others={flag: other.crc for flag, other in (("--init", reference), ("--teacher", teacher)) if other},
                         problems=mark)
     run.log.say(headline(run) + f" | resuming after step {run.step}" * resuming)
+    longest = max(problems, key=lambda p: len(p["prompt"][-1]["content"]))["prompt"]
+    most = len(data.render(longest, cfg.mode, cfg.style, None, cfg.date, True, tokenizer)[0]) + cfg.max_new_tokens
+    if most > model.config.max_position_embeddings:
+        run.log.say(f"WARNING: the longest prompt and --max_new_tokens={cfg.max_new_tokens} make {most} tokens: the model knows rows "
+                    f"of {model.config.max_position_embeddings}")
     if cfg.overlong_max > cfg.max_new_tokens:
         run.log.say(f"WARNING: no answer of at most --max_new_tokens={cfg.max_new_tokens} meets the full penalty of "
                     f"--overlong_max={cfg.overlong_max}")
@@ -487,9 +493,9 @@ def headline(run):
 def main(cfg):
     """Train; returns the final metrics."""
     rt = infra.setup(cfg)
-    check(cfg, rt)
     if cfg.bench:
         return bench(cfg, rt)
+    check(cfg, rt)
     run = begin(cfg, rt)
     cfg, log = run.cfg, run.log
     if "before" not in run.monitor:
@@ -562,6 +568,7 @@ def bench(cfg, rt, steps=7):
     up to 128 tokens, a reward that any text earns; what is left to the flags is how (--micro_batch, --compile, --tp, ...)."""
     cfg = dataclasses.replace(cfg, prompts=8, num_generations=8, max_new_tokens=128, overlong_max=0, mode="think",
                               style="chatml", optimizer="adamw", lr=1e-6, beta=0.0, steps=steps)
+    check(cfg, rt)
     model = train.ready(train.new_model(nano.Config(**nano.PRESETS["small"]), rt), cfg, rt)
     problems = [dict(prompt=[dict(role="user", content=f"{i}+{i + 3}=")], answer="") for i in range(10, 74)]
     tokenizer = data.get_tokenizer("bytes")

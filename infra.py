@@ -76,7 +76,7 @@ def _comments(Config):
 
 
 def _help(Config, presets, program):
-    words = " [PRESET]" * bool(presets) + " [DIR]" * ("init" in Config.__dataclass_fields__)
+    words = " [PRESET]" * bool(presets) + " [DIR]" * ("init" in Config.__dataclass_fields__) + " DIR ..." * (Config is Plot)
     print(f"usage: python {program}{words} [--key=value ...] [--config=FILE.toml]\n")
     if presets:
         print("presets (defaults that flags override):", ", ".join(presets), "\n")
@@ -102,6 +102,11 @@ def cli(Config, presets={}, argv=None):
         if key not in fields:
             close = difflib.get_close_matches(key, fields, 1)
             raise ValueError(f"{where}: unknown key" + (f", did you mean {close[0]}?" if close else "; --help lists them"))
+
+    def named(name, where):
+        if name not in presets:
+            raise ValueError(f"{where}={name}: one of {', '.join(presets)} expected")
+        return presets[name]
 
     try:
         while argv:
@@ -130,12 +135,12 @@ def cli(Config, presets={}, argv=None):
                 else:
                     raise ValueError(f"--{key}: a value expected: --{key}=...")
             if key == "preset":  # --preset=NAME is the bare word
-                if value not in presets:
-                    raise ValueError(f"--preset={value}: one of {', '.join(presets)} expected")
-                preset = presets[value]
+                preset = named(value, "--preset")
                 continue
             if key == "config":
                 files = _config_file(value)
+                if presets and "preset" in files:
+                    preset = preset or named(files.pop("preset"), f"{value}: preset")
                 for name in files:
                     check(name, f"{value}: {name}")
             flags[key] = value
@@ -342,6 +347,10 @@ def launch(main, cfg):
             e = SystemExit(f"out of memory ({one_line(e)}): less is taken by --micro_batch=1, shorter rows (--max_position_embeddings, "
                            f"--max_length, --max_new_tokens), --tp=2 under torchrun, in sft.py --lora_rank=16; "
                            f"`python infra.py plan SHAPE --gpu=NAME --gpus=1` tells what a shape needs")
+        if isinstance(e, KeyboardInterrupt):
+            e = SystemExit(130)
+        if isinstance(e, ValueError) and str(e).startswith("--"):  # of a flag that only the model could judge
+            e = SystemExit(str(e))
         if isinstance(e, BrokenPipeError):  # `| head` has seen enough; nor can what is still in the buffer be written
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
             e = SystemExit("nobody reads the output any more: stopped")
@@ -403,9 +412,11 @@ SHEETS = {
 
 def data_sheet(name):
     """What the vendor promises of the GPU called `name`, or None: never another device's figures."""
-    if re.search(r"Laptop|MIG|4090 D|GRID|-\d+[ABCQ]\b|64GB", name):  # parts and variants of what their name contains
+    if re.search(r"Laptop|MIG|4090 D|GRID|-\d+[ABCQ]\b", name):  # parts and variants of what their name contains
         return None
-    return next((sheet for key, sheet in SHEETS.items() if re.search(rf"\b{key}\b", name, re.I)), None)
+    sheet = next((sheet for key, sheet in SHEETS.items() if re.search(rf"\b{key}\b", name, re.I)), None)
+    memory = re.search(r"\b(\d+) ?GB", name, re.I)
+    return None if sheet and memory and int(memory[1]) != sheet.gb else sheet
 
 
 def peak_flops(name):
@@ -458,8 +469,11 @@ def lock(directory):
     """Keep other processes from writing to `directory` (created if missing) while the returned file is open. The kernel
     frees it however this process ends. Then removes what a killed process left half-written."""
     directory = Path(directory)
-    directory.mkdir(parents=True, exist_ok=True)
-    file = open(directory / ".lock", "a+")
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        file = open(directory / ".lock", "a+")
+    except OSError as e:
+        raise SystemExit(f"--out={directory}: {e.strerror}: a directory to write to expected") from None
     with contextlib.suppress(ImportError):  # Windows has no fcntl, and so no protection
         import fcntl
         try:
@@ -470,19 +484,22 @@ def lock(directory):
     file.truncate(0)
     print(f"process {os.getpid()} on {platform.node()}", end="", file=file, flush=True)
     for leftover in directory.glob("*.tmp"):
-        leftover.unlink()
+        if re.fullmatch(r".+\.\d+\.tmp", leftover.name):  # atomic's
+            leftover.unlink()
     return file
 
 
 class Stop:
-    """`with Stop() as stop:` SIGINT and SIGTERM only set stop.signal, so that the step is finished and saved.
+    """`with Stop() as stop:` SIGINT, SIGTERM and SIGHUP (a closed terminal) only set stop.signal, so that the step is finished
+    and saved.
 
     A second signal interrupts at once. Outside the main thread signals cannot be caught, and nothing is changed.
     """
     def __enter__(self):
         self.signal, self.old = None, {}
         if threading.current_thread() is threading.main_thread():
-            self.old = {s: signal.signal(s, self.catch) for s in (signal.SIGINT, signal.SIGTERM)}
+            caught = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]
+            self.old = {s: signal.signal(s, self.catch) for s in set(caught) if signal.getsignal(s) != signal.SIG_IGN}  # nohup
         return self
 
     def catch(self, number, frame):
@@ -523,22 +540,23 @@ class Log:
         if quiet:
             self.file = open(os.devnull, "w")
             return
-        rows = self.path.read_text(encoding="utf-8").splitlines() if start and self.path.exists() else []
-        kept = [r for r in rows if _is_row(r, start)]
-        with atomic(self.path) as f:
-            f.write("".join(r + "\n" for r in kept).encode())
-        self.file = open(self.path, "a", encoding="utf-8")
-        if wandb:
+        if wandb:  # first: if it fails, nothing has been touched
             try:
                 import wandb as module
             except ImportError:
                 raise SystemExit("--wandb: the package wandb is not installed: pip install wandb") from None
             self.wandb = module.init(project="nanosmol", name=Path(out).name, config=config)
+        rows = self.path.read_text(encoding="utf-8").splitlines() if start and self.path.exists() else []
+        kept = [r for r in rows if _is_row(r, start)]
+        with atomic(self.path) as f:
+            f.write("".join(r + "\n" for r in kept).encode())
+        self.file = open(self.path, "a", encoding="utf-8")
 
     def say(self, text):
-        """A line for the reader, above the bar."""
-        self.bar.write(text, file=sys.stdout)
-        sys.stdout.flush()
+        """A line for the reader, above the bar. A reader who has left, or a full disk under his file, does not end the run."""
+        with contextlib.suppress(OSError):
+            self.bar.write(text, file=sys.stdout)
+            sys.stdout.flush()
 
     def eta(self, step):
         left = (time.perf_counter() - self.clock) / max(1, step - self.start) * (self.total - step)
@@ -695,9 +713,13 @@ def free_memory():
 
 
 def last_level_cache():
-    """Bytes; 32 MiB where Linux does not tell."""
-    sizes = [p.read_text().strip() for p in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size")]
-    return max((int(s[:-1]) * dict(K=2**10, M=2**20, G=2**30)[s[-1]] for s in sizes), default=2**25)
+    """Bytes of all of them together; 32 MiB where Linux does not tell."""
+    sizes = {}  # of each level, and of each group of cores that shares one
+    for p in Path("/sys/devices/system/cpu").glob("cpu[0-9]*/cache/index*"):
+        with contextlib.suppress(OSError, ValueError, LookupError):
+            size, level, cores = ((p / name).read_text().strip() for name in ("size", "level", "shared_cpu_list"))
+            sizes.setdefault(int(level), {})[cores] = int(size[:-1]) * dict(K=2**10, M=2**20, G=2**30)[size[-1]]
+    return sum(sizes[max(sizes)].values()) if sizes else 2**25
 
 
 def probe_memory(cfg, rt, rows):
@@ -776,7 +798,7 @@ BUS_FACTOR = dict(all_reduce=lambda n: 2 * (n - 1) / n, all_gather=lambda n: (n 
 
 
 def collective_calls(rt, size):
-    """-> ({name: call}, bytes of the buffer, a multiple of ranks)."""
+    """-> ({name: call, which starts it and returns what to wait for}, bytes of the buffer, a multiple of ranks)."""
     n, group = rt.world_size, rt.group
     whole, part = torch.ones(size // 4 // n * n, device=rt.device), torch.ones(size // 4 // n, device=rt.device)
     other = torch.empty_like(whole)
@@ -785,12 +807,21 @@ def collective_calls(rt, size):
 
     def send_recv():  # round the ring
         ops = [dist.P2POp(dist.isend, whole, (rt.rank + 1) % n, group), dist.P2POp(dist.irecv, other, (rt.rank - 1) % n, group)]
-        for work in dist.batch_isend_irecv(ops):
-            work.wait()
-    return dict(all_reduce=lambda: dist.all_reduce(whole, group=group), all_gather=lambda: collect(whole, part, group=group),
-                reduce_scatter=lambda: scatter(part, whole, group=group),
-                all_to_all=lambda: dist.all_to_all_single(other, whole, group=group),
-                broadcast=lambda: dist.broadcast(whole, 0, group=group), send_recv=send_recv), 4 * whole.numel()
+        return dist.batch_isend_irecv(ops)
+    how = dict(group=group, async_op=True)
+    return dict(all_reduce=lambda: [dist.all_reduce(whole, **how)], all_gather=lambda: [collect(whole, part, **how)],
+                reduce_scatter=lambda: [scatter(part, whole, **how)], all_to_all=lambda: [dist.all_to_all_single(other, whole, **how)],
+                broadcast=lambda: [dist.broadcast(whole, 0, **how)], send_recv=send_recv), 4 * whole.numel()
+
+
+def finish(works, cuda, seconds=20):
+    """Wait for what was started. NCCL's own wait sleeps a millisecond at a time, so it is asked only when its time is over, to say
+    why."""
+    for work in works:
+        end = time.perf_counter() + seconds
+        while cuda and not work.is_completed() and time.perf_counter() < end:
+            pass
+        work.wait()
 
 
 def probe_collectives(cfg, rt, rows):
@@ -808,9 +839,7 @@ def probe_collectives(cfg, rt, rows):
                 dist.barrier(rt.group)
                 start = time.perf_counter()
                 for _ in range(each):
-                    call()
-                if cuda:
-                    torch.cuda.synchronize()
+                    finish(call(), cuda)
                 times.append((time.perf_counter() - start) / each)
             slowest = torch.tensor([statistics.median(times[2:])], device=rt.device)
             dist.all_reduce(slowest, dist.ReduceOp.MAX, group=rt.group)
@@ -1077,7 +1106,7 @@ def shape_of(cfg):
 
 
 def probe(cfg, rt, stop):
-    """All rows that --only asks for. Whatever goes wrong is a row too."""
+    """All rows that --only asks for, or until Ctrl-C. Whatever goes wrong is a row too."""
     rows, wanted = [], [w for w in cfg.only.split(",") if w] or PROBES
     if set(wanted) - set(PROBES):
         raise SystemExit(f"--only={cfg.only}: {', '.join(PROBES)} expected")
@@ -1085,12 +1114,12 @@ def probe(cfg, rt, stop):
     def add(name, r):
         rows.append(dict(probe=name, playbook=PLAYBOOK_H100.get(r["what"], "") if "H100" in rt.name else "") | r)
         show_row(rows[-1])
-        if stop.signal == "SIGINT":
-            raise KeyboardInterrupt
     for name in (name for name in PROBES if name in wanted and not (rt.rank and name in ("storage", "loader"))):
         try:
             for r in PROBES[name](cfg, rt, rows):
                 add(name, r)
+                if stop.signal == "SIGINT":
+                    return rows
             if name == "health" and rt.world_size > 1:  # rank 0 speaks for the others
                 sick = [r for r in rows if r["probe"] == name and r["verdict"] in ("WARN", "FAIL")]
                 everyone = gather(rt, sick, rt.group)
@@ -1125,10 +1154,15 @@ def main(cfg):
             dist.barrier(rt.group)
         rows = probe(cfg, rt, stop)
     if cfg.json and rt.rank == 0:
-        write_json(cfg.json, dict(machine=rt.name, device=rt.device.type, date=date, torch=torch.__version__,
-                                   rows=[finite(r) for r in rows]))
+        try:
+            write_json(cfg.json, dict(machine=rt.name, device=rt.device.type, date=date, torch=torch.__version__,
+                                       rows=[finite(r) for r in rows]))
+        except OSError as e:
+            raise SystemExit(f"--json={cfg.json}: {e.strerror}: a file in a writable directory expected") from None
     failed = [r["what"].strip() for r in rows if r["verdict"] == "FAIL"]
     print(f"{len(rows)} rows, {len(failed)} FAIL" + ": " * bool(failed) + ", ".join(failed))
+    if stop.signal == "SIGINT":
+        raise SystemExit(130)
     if cfg.strict and failed and rt.rank == 0:  # of several ranks the first is the last to end
         raise SystemExit(1)
     return dict(machine=rt.name, rows=rows)
@@ -1228,7 +1262,8 @@ def plan(p):
     import model
     c = model.Config(**{f.name: getattr(p, f.name) for f in dataclasses.fields(model.Config)})
     N, T, each = model.num_params(c), c.max_position_embeddings, model.flops_per_token(c, c.max_position_embeddings)
-    active = model.num_params(c, active=True)  # of experts those that a token meets: what costs time
+    # what costs time: of experts those that a token meets, and no embedding that is only looked up
+    active = model.num_params(c, active=True) - (0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size)
     tokens, each = p.tokens or 20 * N, each - 2 * active * (p.lora_rank > 0)  # frozen weights have no gradient
     print(f"{p.preset}: {N:,} parameters, {each / 1e9:.4g} GFLOP per token ({4 if p.lora_rank else 6}N + 12LHDT, rows of {T:,}), "
           f"{each * tokens:.3g} FLOP for {tokens:.4g} tokens\n")
@@ -1295,7 +1330,7 @@ def plan_layout(p, c, speed, sheet):
     if p.gpus > 1:
         print(f"traffic     of a GPU in a step: tensor-parallel {tp_bytes / 1e9:.1f} GB, {tp_share:.0%} of the time at {sheet.peer:g} "
               f"GB/s{': too much, recompute activations instead' * (tp_share > 0.2)};\n            gradients {dp_bytes / 1e9:.1f} GB, "
-              f"{share:.0%} of the time at {link:g} GB/s, {'less' if share < 0.6 else 'more'} than the backward pass can hide")
+              f"{share:.0%} of the time at {link:g} GB/s, {'less' if share < 0.6 / rounds else 'more'} than the backward pass can hide")
     print(f"checkpoint  {12e-9 * N:.3g} GB every {every / 3600:.1f} h (Young; {(every - p.save_seconds) / 3600:.2f} by Daly) if "
           f"saving takes {p.save_seconds:g} s and a GPU fails every {hours:,.0f} h: {lost:.1%} of the time lost")
     return dict(tp=tp, dp=dp, micro_batch=micro, accumulation=rounds, step_tokens=batch, step_seconds=step,
@@ -1373,10 +1408,14 @@ def logged(directory, x):
     """A run's metrics.jsonl -> {name: [(x, y)]}; of a nested value the name is outer.inner."""
     path, found = Path(directory) / "metrics.jsonl", {}
     try:
-        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+        lines = path.read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError) as e:
         raise SystemExit(f"{path}: {e}: the log of a run expected") from None
-    for row in rows:
+    for line in lines:
+        try:
+            row = dict(json.loads(line))
+        except (ValueError, TypeError):  # cut off
+            continue
         inner = {f"{k}.{i}": v for k, d in row.items() if isinstance(d, dict) for i, v in d.items()}
         for k, v in (row | inner).items():
             if isinstance(v, int | float) and not isinstance(v, bool) and isinstance(row.get(x), int | float):
@@ -1394,7 +1433,8 @@ def curves(runs, y, p):
             found.setdefault(label, []).extend((begin + at, mean) for (at, _), mean in zip(log[name], means))
     if not found:
         names = sorted({name for _, log, _ in runs for name in log})
-        raise SystemExit(f"{', '.join(d for d, *_ in runs)}: no {y} over {p.x}: one of {', '.join(names)} expected")
+        raise SystemExit(f"{', '.join(d for d, *_ in runs)}: no {y} over {p.x}: {'one of ' * bool(names)}"
+                         f"{', '.join(names) or 'the log of a run'} expected")
     return found
 
 
@@ -1419,7 +1459,7 @@ def plot(directories, p):
     if not directories or p.smooth < 1 or p.width < 10:
         raise SystemExit("plot: run directories expected, --smooth of 1 or more, --width of 10 or more")
     runs, begin = [], 0
-    for d in directories:
+    for d in dict.fromkeys(directories):
         runs.append((d, logged(d, p.x), begin))
         begin += p.chain and max((at for points in runs[-1][1].values() for at, _ in points), default=0)
     found = {y: curves(runs, y, p) for y in p.y.split(",")}
@@ -1441,8 +1481,11 @@ def plot(directories, p):
                 axis.axvline(begin, color="0.85", zorder=0)
                 axis.text(begin, 1, Path(d).name, transform=axis.get_xaxis_transform(), fontsize=7, color="0.4", rotation=40)
             axis.set(xlabel=p.x, ylabel=y), axis.legend(frameon=False, fontsize=8), axis.spines[["top", "right"]].set_visible(False)
-        with atomic(p.png) as f:
-            figure.savefig(f, format="png", dpi=110)
+        try:
+            with atomic(p.png) as f:
+                figure.savefig(f, format="png", dpi=110)
+        except OSError as e:
+            raise SystemExit(f"--png={p.png}: {e.strerror}: a file in a writable directory expected") from None
         print(f"wrote {p.png}")
     return found
 

@@ -48,7 +48,7 @@ class Config(Machine):
     grad_clip: float = 0.2         # largest gradient norm
     lora_rank: int = 0             # width of the adapters; 0: train the model itself
     lora_alpha: float = 16.0       # their output is scaled by alpha / rank
-    lora_dropout: float = 0.05     # share of their inputs set to 0 in training
+    lora_dropout: float = 0.05     # share of their inputs set to 0 in training (not on pairs)
     lora_targets: str = "q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj"  # matrices that get one
     merge: bool = False            # write the adapters folded into the model at the end
     loss_type: str = "apo_zero"    # apo_zero, apo_down, sigmoid (DPO), ipo
@@ -254,7 +254,7 @@ def encode_all(rows, encode, cfg, tokenizer, dropped):
         except ValueError as e:
             raise ValueError(f"{where}: {e}") from None
         asked = [m["content"] for m in row.get("messages") or row.get("prompt") or () if m["role"] != "system"]
-        held_out = zlib.crc32((asked or [row["text"]])[0].encode()) < cfg.val_fraction * 2**32  # all answers to it, or none
+        held_out = zlib.crc32((asked or [row.get("text", "")])[0].encode()) < cfg.val_fraction * 2**32  # all answers to it, or none
         parts[held_out].append(example)
     return *parts, cuts
 
@@ -316,7 +316,9 @@ def self_pairs(model, tokenizer, cfg, rt):
 
 def pairs_of(cfg, rt, model, tokenizer, resuming):
     """Where the pairs come from, as `load` takes it; None: cfg.data. Sampled ones are kept beside the run."""
-    path = Path(cfg.out) / "pairs.jsonl"
+    path = Path(cfg.out) / ("pairs.jsonl" if resuming else "pairs.new.tmp")  # renamed when the old run is over
+    if rt.rank == 0 and not resuming:
+        path.unlink(missing_ok=True)
     if cfg.data and any("chosen" in row for row in read_all("data", cfg.data)):
         return None
     if cfg.pairs == "sums":
@@ -386,9 +388,9 @@ def evaluate_tasks(model, tokenizer, tasks, cfg, rt, samples=1):
         items[f"{mode} accuracy"] = [sum(a["right"] for a in each) / samples for each in made]
         if samples > 1:
             items[f"{mode} pass@{samples}"] = [float(any(a["right"] for a in each)) for each in made]
-        items[f"{mode} tokens"] = [a["tokens"] for each in made for a in each]
-        items[f"{mode} cut off"] = [float(not a["finished"]) for each in made for a in each]
-    choice, rows, texts = [t for t in tasks if "choices" in t], [], [t["text"] for t in tasks if "text" in t]
+        items[f"{mode} tokens"] = [sum(a["tokens"] for a in each) / samples for each in made]
+        items[f"{mode} cut off"] = [sum(not a["finished"] for a in each) / samples for each in made]
+    choice, rows, texts = [t for t in tasks if "choices" in t], [], [t["text"] for t in tasks if t.get("text")]
     for t in choice:
         prompt = tokenizer.encode("Question: " + t["prompt"][-1]["content"] + "\nAnswer:")
         rows += [(ids, [0] * len(prompt) + [1] * (len(ids) - len(prompt)))
@@ -490,7 +492,7 @@ def validate(run):
 
 def merging(cfg, rt):
     """--stage=merge: the weighted mean of checkpoints, as SmolLM3 ended (0.9 of APO's, 0.1 of mid-training's)."""
-    merged, out = None, Path(cfg.out)
+    merged, longest, out = None, 1, Path(cfg.out)
     try:
         models = [(d, float(w)) for d, _, w in (item.rpartition(":") for item in cfg.models.split(","))]
     except ValueError:
@@ -502,11 +504,13 @@ def merging(cfg, rt):
         raise SystemExit(f"{out}: holds a checkpoint: --overwrite replaces it, --out=DIR leaves it alone")
     for directory, weight in models:
         state = nano.read_checkpoint(directory)
-        if merged and (state["model_config"], state["tokenizer"]) != (merged["model_config"], merged["tokenizer"]):
+        shape = dataclasses.replace(state["model_config"], max_position_embeddings=1)  # the longest rows of all
+        longest = max(state["model_config"].max_position_embeddings, longest)
+        if merged and (shape, state["tokenizer"]) != (merged["model_config"], merged["tokenizer"]):
             raise SystemExit(f"{directory}: another shape or tokenizer than {models[0][0]}")
         model = {n: weight * p + (merged["model"][n] if merged else 0) for n, p in state["model"].items()}
-        merged = (merged or state) | dict(model=model)
-    model = nano.Transformer(merged["model_config"], init=False)
+        merged = (merged or state) | dict(model=model, model_config=shape)
+    model = nano.Transformer(dataclasses.replace(merged["model_config"], max_position_embeddings=longest), init=False)
     model.load_state_dict(merged["model"])
     path = nano.save_checkpoint(out, model, merged["step"], 0, "merge", merged["tokenizer"], keep=sys.maxsize,
                                 train_config=dataclasses.asdict(cfg) | {k: merged["train_config"].get(k, "")
@@ -566,7 +570,8 @@ def open_model(cfg, rt, resuming):
                          f"{'' if here['lora'] else '0 '}expected")
     if init or resuming:
         source = cfg.out if resuming and not cfg.lora_rank else init
-        dtype = rt.dtype if cfg.lora_rank and not nano.checkpoints(source) else torch.float32  # a frozen 3B in half the memory
+        theirs = any(Path(source).glob("*.safetensors"))
+        dtype = rt.dtype if cfg.lora_rank and theirs else torch.float32  # a frozen 3B in half the memory
         model, extra = nano.load_checkpoint(source, rt.device, rt.tp_group, dtype)
     else:
         print(f"\n!!! no checkpoint in {DEFAULTS[cfg.stage]['init']}: starting from a small model that knows nothing "
@@ -595,7 +600,7 @@ def open_model(cfg, rt, resuming):
 
 def begin(cfg, rt):
     """Model, data, optimizers and where the run stands: everything main() needs, new or from the newest checkpoint."""
-    locked, resuming = train.occupy(cfg, rt)
+    locked, resuming = train.occupy(cfg, rt, cfg.init or DEFAULTS[cfg.stage]["init"])
     model, extra, lora = open_model(cfg, rt, resuming)
     before = extra["train_config"]
     if resuming and extra["stage"] != cfg.stage:
@@ -625,6 +630,8 @@ def begin(cfg, rt):
     run.monitor["data"] = mark
     if cfg.stage == "apo":
         if not resuming:
+            if rt.rank == 0 and (new := run.out / "pairs.new.tmp").exists():
+                new.replace(run.out / "pairs.jsonl")
             run.monitor["reference"] = logp_sums(model, [x for pair in examples + held for x in pair], rt).view(-1, 2)
         run.reference, run.held_reference = run.monitor["reference"].split([len(examples), len(held)])
     run.log.say(headline(run) + f" | resuming after step {run.step}" * resuming)
@@ -688,6 +695,7 @@ def main(cfg):
                 rt, float(loss) / rt.tp_size, stop.signal is not None, int((targets != -100).sum()) / rt.tp_size,
                 targets.numel() / rt.tp_size, *(v / rt.tp_size for v in metrics.values()))
             trained, places = trained + counted, places + seen
+            run.monitor["tokens"] = run.monitor.get("tokens", 0) + int(seen)  # padding, too
             bad = 0 if train.update(run, loss, norm, lr) else bad + 1
             if bad == 10:
                 raise SystemExit(f"step {run.step + 1}: 10 steps in a row were not finite: a lower --lr expected")
@@ -699,13 +707,13 @@ def main(cfg):
                 line = f"loss {loss:.4f} | lr {lr:.1e} | grad {norm:.2f} | {places / took / 1000:.1f}k tok/s, of which "
                 line += f"{trained / took / 1000:.2f}k trained"
                 line += "".join(f" | {k.removeprefix('rewards/')} {v:.3f}" for k, v in metrics.items() if "rewards" in k)
-                log.row(line, step=run.step, tokens=run.consumed * cfg.max_length, loss=loss, lr=lr, grad_norm=norm,
+                log.row(line, step=run.step, tokens=run.monitor["tokens"], loss=loss, lr=lr, grad_norm=norm,
                         tok_per_s=places / took, trained_tok_per_s=trained / took, seconds=run.seconds, skipped=run.skipped,
                         **metrics)
                 logged, trained, places = time.perf_counter(), 0, 0
             if run.step % cfg.eval_every == 0 and run.step < cfg.steps and not stopping:
                 paused = time.perf_counter()
-                log.row(step=run.step, tokens=run.consumed * cfg.max_length, seconds=run.seconds, **validate(run))
+                log.row(step=run.step, tokens=run.monitor["tokens"], seconds=run.seconds, **validate(run))
                 start, logged = start + time.perf_counter() - paused, logged + time.perf_counter() - paused
             if run.step % cfg.save_every == 0 and run.step < cfg.steps and not stopping:
                 train.save(run)
@@ -714,7 +722,7 @@ def main(cfg):
             run.lora, run.optimizers = None, []
         if not train.save(run):
             raise SystemExit(f"{run.out}: step {run.step} could not be saved; --resume goes on from the last checkpoint")
-    totals = dict(step=run.step, tokens=run.consumed * cfg.max_length, loss=loss, seconds=run.seconds, skipped=run.skipped)
+    totals = dict(step=run.step, tokens=run.monitor.get("tokens", 0), loss=loss, seconds=run.seconds, skipped=run.skipped)
     if stopping:
         log.say(f"{stop.signal or 'A signal'}: saved {run.out} at step {run.step}; --resume goes on from there")
         log.close()

@@ -13,8 +13,8 @@
 Read main() first: it is the whole story. A step is an optimizer step. Everything random is a function of (seed, sample
 index), so the only state of the data is one integer, and evaluating more often changes nothing.
 """
-import contextlib, dataclasses, gc, io, itertools, json, lzma, math, random, re, statistics, time
-from collections import deque
+import contextlib, dataclasses, gc, io, itertools, json, lzma, math, random, re, statistics, sys, time
+from collections import defaultdict, deque
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -319,7 +319,10 @@ def is_spike(loss, norm, norms):
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 NOT_THE_EXPERIMENT = {"resume", "overwrite", "wandb", "bench", "log_every", "eval_every", "save_every", "device", "compile",
-                      "tp", "probe", "ablate", "sweep", "match", "seeds"}
+                      "tp", "probe", "ablate", "sweep", "match", "seeds", "out"}
+# With --resume these may change too, which is said; and what the checkpoint itself, or a checksum in it, can tell is left to that.
+ON_THE_WAY = {"lr", "grad_clip", "steps", "epochs", "skip_samples", "micro_batch", "num_iterations", "samples", "merge", "init", "stage", "teacher",
+              "data", "problems", "tasks", "lora_rank", "lora_alpha", "lora_targets"}
 
 
 def check(cfg, rt):
@@ -331,8 +334,10 @@ def check(cfg, rt):
             (cfg.schedule not in ("wsd", "cosine", "multistep"),
              f"--schedule={cfg.schedule}: wsd, cosine or multistep expected"),
             (min(cfg.steps, cfg.log_every, cfg.eval_every, cfg.save_every) < 1, "--steps, --*_every: at least 1 expected"),
+            (cfg.weight_decay < 0, f"--weight_decay={cfg.weight_decay}: 0 or more expected"),
             (cfg.lr <= 0 or cfg.grad_clip <= 0, "--lr, --grad_clip: more than 0 expected"),
-            (not 0 <= cfg.warmup <= 1 or not 0 <= cfg.decay <= 1, "--warmup, --decay: 0 to 1, a share of the run, expected"),
+            (not 0 <= cfg.warmup <= 1 or not 0 <= cfg.decay <= 1 or cfg.schedule == "wsd" and cfg.warmup + cfg.decay > 1,
+             "--warmup, --decay: 0 to 1, a share of the run, expected, and not more than 1 together"),
             (cfg.batch_tokens % (T * rt.dp_size) or rows < 1, f"--batch_tokens={cfg.batch_tokens}: a multiple of "
              f"--max_position_embeddings={T}" + f" times {rt.dp_size} replicas" * (rt.dp_size > 1) + " expected"),
             (cfg.micro_batch < 0 or cfg.micro_batch and rows % cfg.micro_batch,
@@ -354,15 +359,33 @@ def other_settings(cfg, recorded):
     return [k for k, v in dataclasses.asdict(cfg).items() if k in recorded and k not in free and v != recorded[k]]
 
 
-def claim(out, cfg, restarted=False):
-    """May this run write to `out`? Refuses where another run would suffer -> whether there is one to resume.
+def settings(out):
+    """What a run's config.json holds; {}: there is none, or nobody can read it."""
+    with contextlib.suppress(OSError, ValueError):
+        return dict(json.loads((Path(out) / "config.json").read_text(encoding="utf-8")))
+    return {}
+
+
+def claim(out, cfg, restarted=False, sources=()):
+    """May this run write to `out`? Refuses where another run would suffer -> whether there is one to resume. sources: what this
+    run reads weights from.
 
     restarted: torchrun --max_restarts has started the same command again, for a process died. Then the run goes on without
     --resume, but only if it is this very run: the first start may have died early, or of being refused here."""
-    files, path = nano.checkpoints(out), out / "config.json"
-    other = other_settings(cfg, json.loads(path.read_text(encoding="utf-8"))) if path.exists() else ["origin"]
+    files, recorded = nano.checkpoints(out), settings(out)
+    other = other_settings(cfg, recorded) if recorded else ["origin"]
     if files and restarted and not other:
         return True
+    if cfg.overwrite and any(source and out.resolve() in (Path(source).resolve(), Path(source).resolve().parent) for source in sources):
+        raise SystemExit(f"--overwrite: {out} holds what this run begins from: another --out expected")
+    if not files and any(out.glob("*.safetensors")):
+        raise SystemExit(f"{out}: holds a model for transformers: another --out expected")
+    if files and cfg.resume and recorded:
+        if fixed := [k for k in other if k not in ON_THE_WAY]:
+            raise SystemExit(f"--resume: {out} has {', '.join(f'{k}={recorded[k]}' for k in fixed[:5])}: the same expected "
+                             f"(--config={out}/config.json), or --init={out} and another --out")
+        for k in other:
+            print(f"!!! {k}: {getattr(cfg, k)} instead of the run's {recorded[k]}", file=sys.stderr)
     if files and not cfg.resume and not cfg.overwrite:
         what = f"another run (other {', '.join(other[:5])})" if other else "this very run"
         raise SystemExit(f"{out}: holds {what}, up to step {int(files[0].stem[5:])}: --resume goes on with it, "
@@ -450,17 +473,18 @@ def check_ranks(model, rt, step):
     return complaints
 
 
-def occupy(cfg, rt):
+def occupy(cfg, rt, *sources):
     """Take cfg.out for this run -> (the lock, to be kept; whether the run that is there goes on)."""
     locked = infra.lock(cfg.out) if rt.rank == 0 else None
-    return locked, on_rank_0(rt, claim, Path(cfg.out), cfg, all_sum(rt, rt.restarts)[0] > 0)  # each machine counts its own
+    restarted = all_sum(rt, rt.restarts)[0] > 0  # each machine counts its own
+    return locked, on_rank_0(rt, claim, Path(cfg.out), cfg, restarted, sources)
 
 
 def begin(cfg, rt):
     """Data, model, optimizers and where the run stands: everything main() needs, new or from the newest checkpoint."""
     out, T = Path(cfg.out), cfg.max_position_embeddings
     rows = cfg.batch_tokens // T
-    locked, resuming = occupy(cfg, rt)
+    locked, resuming = occupy(cfg, rt, cfg.init)
     try:
         with in_turn(rt):
             tokenizer = data.get_tokenizer(cfg.tokenizer)
@@ -470,6 +494,8 @@ def begin(cfg, rt):
         for s in sources:  # better now than at the first evaluation
             data.count_rows(f"{s.name}.val", s.val, T)
         model, extra = build(cfg, rt, tokenizer, out if resuming else cfg.init)
+        if resuming and extra["stage"] != "base":
+            raise ValueError(f"--resume: {out} holds a run of stage {extra['stage']}: --init={out} and another --out expected")
         if not resuming:  # the length of rows is a choice of the run that starts from --init, not of the shape there
             nano.extend(model.config, cfg)
             model.config.max_position_embeddings, extra = T, {}
@@ -479,11 +505,7 @@ def begin(cfg, rt):
                              f"{before or 'nothing'}: only ranges after that row can change")
     except ValueError as e:
         raise SystemExit(str(e)) from None
-    shape = dataclasses.asdict(model.config)
-    if resuming and (other := other_settings(cfg, shape)):
-        raise SystemExit(f"--resume: {out} has {', '.join(f'{k}={shape[k]}' for k in other)}: the same expected, "
-                         f"or --init={out} and another --out")
-    cfg = dataclasses.replace(cfg, **shape)  # config.json records what is trained
+    cfg = dataclasses.replace(cfg, **dataclasses.asdict(model.config))  # config.json records what is trained
     run = start(cfg, rt, model, extra, locked, "base", data_parallel(model, rt, cfg.micro_batch or rows // rt.dp_size, T),
                 rows=rows, tokenizer=tokenizer, sources=sources, loader=loader, pace=deque(maxlen=100), warned=set())
     run.samples = lambda: samples(run)
@@ -511,13 +533,14 @@ def start(cfg, rt, model, extra, locked, stage, replica, lora=None, **more):
     if complaints and cfg.tp_same_seed != "ignore":
         raise SystemExit(f"{len(complaints)} faults, so there is no training: {'; '.join(complaints[:3])}; ... "
                          f"(a demonstration: --tp_same_seed=ignore)")
+    if run.step > cfg.steps:
+        raise SystemExit(f"--steps={cfg.steps}: {out} stands at step {run.step}: as many or more expected")
+    run.log = Log(out, cfg.steps, run.step, cfg.wandb, dataclasses.asdict(cfg), quiet=rt.rank > 0)
     if rt.rank == 0:
-        if cfg.overwrite and not extra:  # only now: an error above would have cost the old run and started no new one
-            for f in [*nano.checkpoints(out), out / "metrics.jsonl"]:
-                f.unlink(missing_ok=True)
+        for f in nano.checkpoints(out) if not extra else ():  # --overwrite; only now, for an error above would have cost the
+            f.unlink()                                        # old run and started no new one
         # without the flags: repeating the run deletes nothing
         infra.write_json(out / "config.json", dataclasses.asdict(cfg) | dict(resume=False, overwrite=False))
-    run.log = Log(out, cfg.steps, run.step, cfg.wandb, dataclasses.asdict(cfg), quiet=rt.rank > 0)
     if complaints:
         run.log.say(f"WARNING: training with {len(complaints)} faults: {'; '.join(complaints[:2])}; ...")
     return run
@@ -596,11 +619,17 @@ def update(run, loss, norm, lr):
     return not spike
 
 
+class Diverged(SystemExit):
+    """Ten steps in a row were not finite. Ends a run, but not the experiment that it is part of."""
+
+
 def main(cfg):
     """Train; returns the last evaluation and the totals. With --ablate or --sweep: many times, and what came out."""
     rt = infra.setup(cfg)
+    if bool(cfg.ablate) + bool(cfg.sweep) + cfg.bench > 1 or (cfg.match or cfg.seeds != 1) and not cfg.ablate:
+        raise SystemExit("--ablate (with --match and --seeds), --sweep or --bench: one of them expected")
     if cfg.ablate or cfg.sweep:
-        return ablate(cfg) if cfg.ablate else sweep(cfg)
+        return ablate(cfg, rt) if cfg.ablate else sweep(cfg, rt)
     check(cfg, rt)
     if cfg.bench:
         return bench(cfg, rt)
@@ -625,7 +654,7 @@ def main(cfg):
             loss, stopping = all_sum(rt, float(loss) / rt.tp_size, stop.signal is not None)
             bad = 0 if update(run, loss, norm, lr) else bad + 1
             if bad == 10:
-                raise SystemExit(f"step {run.step + 1}: 10 steps in a row were not finite; --resume goes on from "
+                raise Diverged(f"step {run.step + 1}: 10 steps in a row were not finite; --resume goes on from "
                                  f"the last save, perhaps with a lower --lr or --grad_clip, or {samples(run)}")
             run.step, run.consumed, run.seconds = run.step + 1, run.consumed + run.rows, time.perf_counter() - start
             log.bar.update(1)
@@ -699,44 +728,60 @@ def values_of(flag, spec, more=()):
         try:
             if name not in kinds or not values:
                 raise ValueError("FIELD=VALUE,VALUE;FIELD=VALUE expected (fields: --help)")
-            result[name] = [infra.convert(v, kinds[name]) for v in values.split(",")]
+            result.setdefault(name, []).extend(infra.convert(v, kinds[name]) for v in values.split(","))
         except ValueError as e:
             raise SystemExit(f"--{flag}={spec}: {name}: {e}") from None
     return result
 
 
-def changed(cfg, flag, change):
-    """cfg with other values, or one line on why there is none."""
+def changed(cfg, rt, flag, change, tokens=0):
+    """cfg with other values (and steps for so many tokens), or one line on why it cannot be trained, before anything is."""
     try:
-        return dataclasses.replace(cfg, **change)
-    except ValueError as e:
+        result = dataclasses.replace(cfg, **change)
+        result = dataclasses.replace(result, steps=round(tokens / result.batch_tokens)) if tokens else result
+        check(result, rt)
+        if tokens and abs(result.steps * result.batch_tokens - tokens) > 0.02 * tokens:
+            raise ValueError(f"no whole number of steps makes {tokens:,} tokens")
+        return result
+    except (ValueError, SystemExit) as e:
         raise SystemExit(f"--{flag}: {', '.join(f'{k}={v}' for k, v in change.items())}: {e}") from None
 
 
 def experiment(cfg, name):
-    """One run of many -> its last metrics, with tok_per_s (the median) and the model's config. A finished one is only read."""
+    """One run of many -> its last metrics, with tok_per_s (the median) and the model's config. A finished one is only read; one
+    that diverged is finished too, and worse than all others."""
     cfg = dataclasses.replace(cfg, ablate="", sweep="", match="", seeds=1, out=f"{cfg.out}/{name}", resume=not cfg.overwrite)
-    log, recorded = Path(cfg.out) / "metrics.jsonl", Path(cfg.out) / "config.json"
-    read = lambda: [json.loads(line) for line in log.read_text(encoding="utf-8").splitlines()] if log.exists() else []
-    if recorded.exists() and cfg.resume and (other := other_settings(cfg, json.loads(recorded.read_text(encoding="utf-8")))):
+    log = Path(cfg.out) / "metrics.jsonl"
+
+    def read():
+        for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
+            with contextlib.suppress(ValueError):  # a last row that was cut off
+                yield json.loads(line)
+    if cfg.resume and (other := other_settings(cfg, settings(cfg.out))):
         raise SystemExit(f"{cfg.out}: another experiment (other {', '.join(other[:5])}): --overwrite or another --out expected")
     if cfg.overwrite or not any(row.get("final") for row in read()):
         print(f"{name} ...", flush=True)
         with contextlib.redirect_stdout(io.StringIO()):
-            if "stopped" in main(cfg):
-                raise SystemExit(f"{cfg.out}: stopped; the same command goes on from there")
+            try:
+                if "stopped" in main(cfg):
+                    raise SystemExit(f"{cfg.out}: stopped; the same command goes on from there")
+            except Diverged as e:
+                print(f"{name}: {e}", file=sys.stderr)
+                if not dist.is_initialized() or dist.get_rank() == 0:
+                    with log.open("a", encoding="utf-8") as f:
+                        f.write(json.dumps(dict(final=True, val_bpb={})) + "\n")
         gc.unfreeze()  # main has frozen its run too: else none of them would ever leave the memory
         if dist.is_initialized():
             dist.barrier()  # rank 0 writes what all of them read now
-    rows = read()
+    rows, shape = list(read()), settings(cfg.out)
     last, speeds = [row for row in rows if row.get("final")][-1], [row["tok_per_s"] for row in rows if "tok_per_s" in row]
-    shape = json.loads(recorded.read_text(encoding="utf-8"))
     config = nano.Config(**{f.name: shape[f.name] for f in dataclasses.fields(nano.Config)})
-    bpb = last["val_bpb"] | dict(mean=statistics.fmean(last["val_bpb"].values()))
+    bpb = {k: math.inf if v is None else v for k, v in last["val_bpb"].items()}
+    bpb = defaultdict(lambda: math.inf, bpb, mean=statistics.fmean(bpb.values() or [math.inf]))
     return SimpleNamespace(bpb=bpb, tok_per_s=statistics.median(speeds[1:] or speeds), config=config)
 
 
-def ablate(cfg):
+def ablate(cfg, rt):
     """Playbook, "Ablation": one change at a time, the same rows in the same order, the same tokens, several seeds. A change whose
     gap to the baseline could be the seeds' (paired by seed, 95 %) is a tie. -> {name: figures}, also in out/ablate.json."""
     if cfg.match not in ("", "params") or cfg.seeds < 1:
@@ -744,8 +789,14 @@ def ablate(cfg):
     cfg = dataclasses.replace(cfg, out="out/ablate" if cfg.out == Config.out else cfg.out)
     shape = lambda c: dataclasses.replace(nano.shape_of(c), vocab_size=c.vocab_size or data.get_tokenizer(c.tokenizer).vocab_size)
     size, runs, result = nano.num_params(shape(cfg)), {"baseline": cfg}, {}
+    fixed = NOT_THE_EXPERIMENT | {"seed", "steps", "batch_tokens", "init"}
+    fixed |= {"num_hidden_layers"} if cfg.match else set()
+    fixed |= {f.name for f in dataclasses.fields(nano.Config)} if cfg.init else set()
     for field, values in values_of("ablate", cfg.ablate).items():
-        runs |= {f"{field}={v}": changed(cfg, "ablate", {field: v}) for v in values if v != getattr(cfg, field)}
+        if field in fixed:
+            raise SystemExit(f"--ablate={cfg.ablate}: {field} is the same in all runs"
+                             + " (--sweep=tokens=...;batch_tokens=...)" * (field in ("steps", "batch_tokens")))
+        runs |= {f"{field}={v}": changed(cfg, rt, "ablate", {field: v}) for v in values if v != getattr(cfg, field)}
     for name, c in runs.items() if cfg.match == "params" else ():
         deep = [dataclasses.replace(c, num_hidden_layers=n) for n in range(1, 4 * cfg.num_hidden_layers)]
         runs[name] = min(deep, key=lambda d: abs(nano.num_params(shape(d)) - size))
@@ -758,9 +809,10 @@ def ablate(cfg):
           + "".join(f"{s:>9}" for s in sources) + "   gap to the baseline")
     for name, each in found.items():
         gaps = [a.bpb["mean"] - b.bpb["mean"] for a, b in zip(each, found["baseline"])]
-        noise = statistics.stdev(gaps) / math.sqrt(len(gaps)) * T95[min(len(gaps) - 1, 9)] if len(gaps) > 1 else math.nan
+        finite = all(map(math.isfinite, gaps))
+        noise = statistics.stdev(gaps) / math.sqrt(len(gaps)) * T95[min(len(gaps) - 1, 9)] if finite and len(gaps) > 1 else math.nan
         gap, c = statistics.fmean(gaps), each[0].config
-        verdict = "" if name == "baseline" else "one seed: unknown" if cfg.seeds == 1 else "tie" if abs(gap) <= noise else \
+        verdict = "diverged" if not finite else "" if name == "baseline" else "one seed: unknown" if cfg.seeds == 1 else "tie" if abs(gap) <= noise else \
             "better" if gap < 0 else "worse"
         bpb = {s: statistics.fmean(x.bpb[s] for x in each) for s in sources}
         result[name] = dict(params=nano.num_params(c), kv_bytes_per_token=nano.kv_bytes_per_token(c), layers=c.num_hidden_layers,
@@ -771,18 +823,17 @@ def ablate(cfg):
     return result
 
 
-def sweep(cfg):
+def sweep(cfg, rt):
     """All combinations of the values, at equal tokens, and the best of each budget; with several budgets a fit of the power law
     best = a · FLOPs^b of learning rate and batch, as the playbook takes it from DeepSeek (arXiv 2401.02954)."""
     cfg = dataclasses.replace(cfg, out="out/sweep" if cfg.out == Config.out else cfg.out)
     grid = values_of("sweep", cfg.sweep, ["tokens"])
-    if "steps" in grid or min(grid.get("batch_tokens", [1])) < 1:
-        raise SystemExit(f"--sweep={cfg.sweep}: tokens instead of steps, and batch_tokens of 1 or more expected")
+    if "steps" in grid or min(grid.get("batch_tokens", [1]) + grid.get("tokens", [1])) < 1:
+        raise SystemExit(f"--sweep={cfg.sweep}: tokens instead of steps, and tokens and batch_tokens of 1 or more expected")
     budgets, table = grid.pop("tokens", [cfg.steps * cfg.batch_tokens]), []
-    for tokens, *values in itertools.product(budgets, *grid.values()):
-        change = dict(zip(grid, values))
-        c = changed(cfg, "sweep", change)
-        c = dataclasses.replace(c, steps=max(1, round(tokens / c.batch_tokens)))
+    runs = [(tokens, change, changed(cfg, rt, "sweep", change, tokens))
+            for tokens, *values in itertools.product(budgets, *grid.values()) for change in [dict(zip(grid, values))]]
+    for tokens, change, c in runs:
         x = experiment(c, f"{tokens}-" + ",".join(f"{k}={v}" for k, v in change.items()))
         flops = tokens * nano.flops_per_token(x.config, x.config.max_position_embeddings)
         table.append(dict(tokens=tokens, flops=flops, lr=c.lr, batch_tokens=c.batch_tokens) | change | dict(bpb=x.bpb["mean"]))
@@ -797,7 +848,8 @@ def sweep(cfg):
         fits[k] = math.exp(log_a), b
         print(f"best {k} = {fits[k][0]:.4g} * FLOPs^{b:.3f}, from {len(budgets)} budgets"
               + " (two points: no test of it)" * (len(budgets) == 2))
-    infra.write_json(Path(cfg.out) / "sweep.json", dict(table=table, best=best, fits=fits))
+    infra.write_json(Path(cfg.out) / "sweep.json", dict(table=[infra.finite(row) for row in table],
+                                                        best=[infra.finite(row) for row in best], fits=fits))
     return dict(table=table, best=best, fits=fits)
 
 
