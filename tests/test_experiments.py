@@ -230,3 +230,46 @@ def test_without_doc_mask_training_and_evaluation_look_across_documents(cfg, mon
         given.clear()
         train.main(cfg(text="", jsonl="docs.jsonl", doc_mask=mask, out=f"out/{mask}"))
         assert set(given) == {mask}
+
+
+@pytest.mark.parametrize("change, message", [
+    (dict(ablate="seed=1"), "--ablate=seed=1: seed is the same in all runs"), (dict(ablate="steps=6;qk_norm=true"), "steps is the same.*--sweep"),
+    (dict(ablate="num_hidden_layers=4", match="params"), "num_hidden_layers is the same"), (dict(ablate="qk_norm=true", init="x"), "qk_norm is the same"),
+    (dict(ablate="lr=1e-3", sweep="lr=1e-3"), "one of them expected"), (dict(ablate="lr=1e-3", bench=True), "one of them"),
+    (dict(match="params"), "one of them"), (dict(sweep="lr=1e-3", seeds=2), "one of them"),
+    (dict(ablate="lr=1e-3;optimizer=adamm"), "--ablate: optimizer=adamm: --optimizer=adamm: muon or adamw"),
+    (dict(sweep="batch_tokens=64,70"), "--sweep: batch_tokens=70: "), (dict(sweep="tokens=0,1000"), "tokens and batch_tokens of 1 or more"),
+    (dict(sweep="tokens=100;batch_tokens=64"), "no whole number of steps makes 100 tokens")])
+def test_what_compares_nothing_is_refused_before_anything_is_trained(cfg, monkeypatch, change, message):
+    done = counted(monkeypatch)
+    with pytest.raises(SystemExit, match=message):
+        train.main(cfg(**change))
+    assert not [c for c in done if c.out.startswith("out/")] or "one of them" in message
+
+
+def test_a_field_named_twice_keeps_all_its_values(cfg, monkeypatch):
+    counted(monkeypatch)
+    assert list(train.main(cfg(ablate="lr=1e-3;lr=2e-3"))) == ["baseline", "lr=0.001", "lr=0.002"]
+
+
+def test_a_run_that_diverges_is_the_worst_of_its_experiment_and_not_its_end(cfg, monkeypatch, capsys):
+    small = dict(steps=14, optimizer="adamw")
+    result = train.main(cfg(sweep="lr=1e-3,1e30,2e-3", **small))
+    bpb = [row["bpb"] for row in result["table"]]
+    assert bpb[1] == math.inf and math.isfinite(bpb[0] + bpb[2]) and result["best"][0]["lr"] != 1e30
+    assert json.loads(Path("out/sweep/sweep.json").read_text())["table"][1]["bpb"] is None
+    done = counted(monkeypatch)
+    assert train.main(cfg(sweep="lr=1e-3,1e30,2e-3", **small))["table"] == result["table"] and not done      # only read
+    for steps in (14, 6):                                   # stopped by the rule of ten, and too short for it
+        result = train.main(cfg(ablate="lr=1e38,2e-3", seeds=2, out=f"out/a{steps}", **small | dict(steps=steps)))
+        assert result["lr=1e+38"]["verdict"] == "diverged" and result["lr=0.002"]["verdict"] in ("tie", "better", "worse")
+
+
+def test_a_cut_last_row_is_run_again_or_left_out(cfg, monkeypatch, capsys):
+    first = train.main(cfg(ablate="qk_norm=true"))
+    log = Path("out/ablate/qk_norm=True-seed0/metrics.jsonl")
+    log.write_text(log.read_text()[:-60])
+    done = counted(monkeypatch)
+    assert train.main(cfg(ablate="qk_norm=true"))["qk_norm=True"]["bpb"] == first["qk_norm=True"]["bpb"] and len(done) == 1
+    log.write_text(log.read_text() + '{"half')
+    assert infra.logged(log.parent, "step")["loss"]

@@ -3,7 +3,7 @@
 Most tests are for a pitfall that some project fell into: deviations by n instead of n - 1, groups that mix, clipping on the
 wrong side, micro-batches that divide by their own lengths, a loss without the temperature, rewards that raise or say nothing.
 """
-import builtins, itertools, math, random, statistics, uuid
+import builtins, itertools, math, random, statistics, sys, uuid
 from types import SimpleNamespace
 
 import pytest
@@ -907,3 +907,33 @@ def test_prompts_that_replicas_cannot_share_are_one_line():
     four = SimpleNamespace(**vars(CPU) | dict(world_size=4, dp_size=4))
     one_line(grpo.check, grpo.Config(prompts=6), four, match="--prompts=6: a multiple of the 4 replicas expected")
     grpo.check(grpo.Config(prompts=8), four)
+
+
+def rated(rewards, text, **change):
+    run = SimpleNamespace(cfg=grpo.Config(**change), rewards=rewards, complained=set(), log=SimpleNamespace(say=lambda text: None))
+    sample = dict(prompt="", text=text, answer="", finished=True, tokens=5, errors=0)
+    grpo.score(run, sample)
+    return sample
+
+
+def test_an_answer_that_no_function_could_score_is_not_scored_though_a_penalty_is_on():
+    def fails(prompt, text, answer):
+        return -len(text) / 10 if "a" not in text else 1 / 0
+    for overlong_max in (40, 0):
+        assert math.isnan(rated({"f": (fails, 1.0)}, "cab", overlong_max=overlong_max)["reward"])
+        assert rated({"f": (fails, 1.0)}, "xyz", overlong_max=overlong_max)["reward"] == pytest.approx(-0.3)
+    assert rated({"f": (fails, 1.0), "accuracy": (grpo.accuracy, 1.0)}, "cab")["reward"] == 0.0
+    assert rated({}, "cab")["reward"] == 0.0                # the penalty alone
+
+
+@pytest.mark.parametrize("value", [1e39, math.inf, math.nan, "much"])
+def test_a_reward_beyond_float32_is_none(value):
+    sample = rated({"f": (lambda *_: value, 1.0)}, "x")
+    assert math.isnan(sample["reward"]) and sample["errors"] == 1
+
+
+def test_a_reward_file_that_exits_is_one_line_or_a_complaint(tmp_path):
+    (tmp_path / "mine.py").write_text("import sys\nsys.exit(0)\n")
+    one_line(grpo.load_rewards, f"{tmp_path}/mine.py:f", match="^--rewards=.*SystemExit")
+    sample = rated({"f": (lambda *_: sys.exit("bye"), 1.0)}, "x")
+    assert sample["errors"] == 1 and "bye" in sample["complaints"]["f"]

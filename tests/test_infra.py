@@ -1,6 +1,6 @@
 """infra.py: the command line and each of its errors, files that are whole or absent, one writer, signals, the log, the
 machine, several processes."""
-import dataclasses, json, math, os, random, re, signal, threading, time
+import dataclasses, json, math, os, random, re, signal, sys, threading, time
 from dataclasses import dataclass
 
 import pytest
@@ -535,3 +535,43 @@ def test_running_out_of_memory_names_the_flags_that_help(error):
         infra.launch(main, None)
     with pytest.raises(RuntimeError, match="something else"):
         infra.launch(lambda cfg: (_ for _ in ()).throw(RuntimeError("something else")), None)
+
+
+def test_a_closed_terminal_is_a_signal_to_stop_unless_nohup_says_otherwise():
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with infra.Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signal == "SIGHUP"
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+        with infra.Stop() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert stop.signal is None and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_full_disk_under_the_output_does_not_end_a_run(tmp_path, monkeypatch):
+    log = infra.Log(tmp_path, 10)
+    monkeypatch.setattr(sys, "stdout", open("/dev/full", "w"))
+    log.say("x" * 10_000), log.row("line", step=1)
+    monkeypatch.undo()
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text()) == {"step": 1}
+
+
+def test_memory_in_a_gpus_name_must_be_the_data_sheets():
+    for name, gb in (("a100 40gb", None), ("H100 96GB", None), ("NVIDIA H100 80GB HBM3", 80), ("NVIDIA A100-SXM4-80GB", 80),
+                     ("NVIDIA A100-SXM-64GB", None), ("NVIDIA A100-SXM4-40GB", 40)):
+        sheet = infra.data_sheet(name)
+        assert (sheet and sheet.gb) == gb, name
+
+
+def test_a_preset_may_stand_in_the_file_too(tmp_path, capsys):
+    (tmp_path / "a.toml").write_text('preset = "small"\nseed = 3\n')
+    cfg = infra.cli(train.Config, train.PRESETS, [f"--config={tmp_path}/a.toml"])
+    assert cfg == train.Config(**train.PRESETS["small"], seed=3) == infra.cli(train.Config, train.PRESETS, ["--preset=small", "--seed=3"])
+    (tmp_path / "b.toml").write_text('preset = "large"\n')
+    with pytest.raises(SystemExit):
+        infra.cli(train.Config, train.PRESETS, [f"--config={tmp_path}/b.toml"])
+    assert "preset=large: one of " in capsys.readouterr().err

@@ -363,3 +363,16 @@ def test_help_lists_every_knob_with_its_comment():
     assert done.returncode == 0 and not done.stderr and list(notes) == list(PLAN.__dataclass_fields__)
     assert notes["price"].startswith("of a GPU-hour") and notes["gpus"] == "how many" and "Llama 3" in notes["failure_hours"]
     assert "usage: python infra.py plan [PRESET]" in done.stdout and "nano, small" in done.stdout
+
+
+def test_an_embedding_that_is_only_looked_up_costs_no_time(capsys):
+    figures, _ = run(capsys, "smollm3-3b", "--gpu=h100", "--gpus=8", "--tokens=1e9", "--tie_word_embeddings=false", "--max_position_embeddings=64")
+    assert figures["mfu_6N"] < figures["mfu"]
+    flops = [re.search(r"([\d.]+) GFLOP", run(capsys, "smollm3-3b", "--gpu=h100", "--gpus=8", "--tokens=1e9", "--lora_rank=16",
+                                              f"--tie_word_embeddings={tied}")[1])[1] for tied in ("true", "false")]
+    assert flops[0] == flops[1]
+
+
+def test_of_several_passes_only_the_last_hides_the_exchange(capsys):
+    _, out = run(capsys, "smollm3-3b", "--gpu=h100", "--gpus=192", "--micro_batch=3", "--batch_tokens=4718592", "--network=13", "--tokens=11e12")
+    assert "4 passes" in out and "more than the backward pass can hide" in out

@@ -1474,3 +1474,51 @@ def test_presets_are_smollm3s_recipes(name, recipe):
 
 def test_presets_have_no_other_names():
     assert sft.PRESETS.keys() == {"mid", "sft", "apo"}
+
+
+def test_models_with_rows_of_unlike_length_merge_into_one_with_the_longest(tmp_path):
+    checkpoint(tmp_path / "a", 0, max_position_embeddings=512), checkpoint(tmp_path / "b", 1, max_position_embeddings=128)
+    sft.main(merging(tmp_path, [("b", 0.5), ("a", 0.5)]))
+    assert nano.load_checkpoint(tmp_path / "merged")[0].config.max_position_embeddings == 512
+
+
+def test_adapters_on_a_file_of_ours_keep_its_weights_in_float32(config, place):
+    [file] = (place / "base").glob("*.pt")
+    sft.main(config(init=str(file), lora_rank=2, lr=1e-30, merge=True, steps=1, dtype="bfloat16"))
+    a, b = weights(config().out), weights(place / "base")
+    assert all(torch.equal(a[n], b[n]) for n in b)
+
+
+def test_tokens_are_the_places_of_the_batches_and_go_on_counting_after_a_resume(config):
+    cfg = config(stage="apo")
+    whole, seen, original = config("whole", stage="apo"), [], sft.next_batch
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sft, "next_batch", lambda run: seen.append(original(run)) or seen[-1])
+        sft.main(whole)
+    places = [batch[0].numel() for batch, _ in seen]
+    assert [row["tokens"] for row in steps(whole)] == [sum(places[:i + 1]) for i in range(6)]
+    stopped_run(cfg, 3)
+    sft.main(resumed(cfg))
+    assert [row["tokens"] for row in steps(cfg)] == [row["tokens"] for row in steps(whole)]
+
+
+def test_rows_without_a_question_or_a_text_do_not_end_in_a_stack_trace(config, tmp_path):
+    system = [dict(role="system", content="Start.")]
+    rows = [dict(prompt=system, chosen=[dict(role="assistant", content="Hello!")], rejected=[dict(role="assistant", content="Go")])] * 4
+    sft.main(config(stage="apo", data=write(tmp_path / "p.jsonl", rows), steps=1))
+    items, _ = sft.evaluate_tasks(small_model(), BYTES, [dict(text=""), dict(text="words")], config(), CPU)
+    assert len(items["bits per byte"]) == 1
+
+
+def test_an_overwriting_run_that_cannot_begin_keeps_the_old_runs_pairs(config, monkeypatch):
+    made = [dict(prompt=[dict(role="user", content="1+1=")], chosen=[dict(role="assistant", content="2")],
+                 rejected=[dict(role="assistant", content="3")], mode="no_think")] * 4
+    monkeypatch.setattr(sft, "self_pairs", lambda *_: made)
+    cfg = config(stage="apo", data="", tasks="", steps=2)
+    monkeypatch.setattr(sft, "load_tasks", lambda cfg: [])
+    sft.main(cfg)
+    before = (Path(cfg.out) / "pairs.jsonl").read_bytes()
+    made[0]["chosen"] = [dict(role="assistant", content="4")]
+    one_line(sft.main, dataclasses.replace(cfg, overwrite=True, max_length=4), match="no example has a trained token")
+    assert (Path(cfg.out) / "pairs.jsonl").read_bytes() == before
+    sft.main(resumed(cfg, steps=3))

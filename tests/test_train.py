@@ -755,3 +755,65 @@ def test_init_from_another_tokenizer_is_refused(config, tmp_path):
     nano.save_checkpoint(tmp_path, small_model(), tokenizer="gpt2")
     with pytest.raises(SystemExit, match="--tokenizer=bytes: .* was trained with gpt2"):
         train.main(config(init=str(tmp_path)))
+
+
+def test_a_resumed_run_keeps_its_settings_or_says_what_differs(config, capfd):
+    """What somebody forgets to type must not change the run; the rate may change on the way, aloud."""
+    cfg = config(seed=3, schedule="cosine", optimizer="adamw")
+    stopped_run(cfg, 4)
+    before = (Path(cfg.out) / "config.json").read_bytes()
+    for change, named in ((dict(seed=0), "seed=3"), (dict(schedule="wsd"), "schedule=cosine"), (dict(optimizer="muon"), "optimizer=adamw"),
+                          (dict(text="", val_fraction=0.05), "text=.*val_fraction=0.1"), (dict(doc_mask=False), "doc_mask=True"),
+                          (dict(batch_tokens=512), "batch_tokens=256")):
+        with pytest.raises(SystemExit, match=f"--resume: .* has {named}: the same expected .--config=.*config.json"):
+            train.main(dataclasses.replace(cfg, resume=True, **change))
+    with pytest.raises(SystemExit, match="--steps=3: .* stands at step 4"):
+        train.main(dataclasses.replace(cfg, resume=True, steps=3))
+    assert (Path(cfg.out) / "config.json").read_bytes() == before and len(nano.checkpoints(cfg.out)) == 1
+    train.main(dataclasses.replace(cfg, resume=True, lr=1e-5, steps=8))
+    err = capfd.readouterr().err
+    assert f"!!! lr: 1e-05 instead of the run's {cfg.lr}" in err and "!!! steps: 8 instead of the run's 20" in err
+
+
+def test_a_run_of_another_stage_is_not_resumed(config):
+    cfg = config(steps=2)
+    train.main(cfg)
+    nano.save_checkpoint(cfg.out, nano.load_checkpoint(cfg.out)[0], 3, 24, "sft")
+    with pytest.raises(SystemExit, match="holds a run of stage sft: --init="):
+        train.main(dataclasses.replace(cfg, resume=True, steps=4))
+
+
+def test_nothing_is_deleted_by_a_run_that_cannot_begin(config, monkeypatch):
+    cfg = config(steps=2)
+    train.main(cfg)
+    files = {p.name: p.read_bytes() for p in Path(cfg.out).iterdir() if p.name != ".lock"}
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    for change, message in ((dict(wandb=True), "pip install wandb"), (dict(init=cfg.out), "holds what this run begins from"),
+                            (dict(init=f"{cfg.out}/ckpt_00000002.pt"), "holds what this run begins from")):
+        with pytest.raises(SystemExit, match=message):
+            train.main(dataclasses.replace(cfg, overwrite=True, **change))
+    assert {p.name: p.read_bytes() for p in Path(cfg.out).iterdir() if p.name != ".lock"} == files
+
+
+def test_a_directory_that_is_none_or_holds_a_model_of_others_is_one_line(config, tmp_path):
+    (tmp_path / "file").touch(), (tmp_path / "hf").mkdir(), (tmp_path / "hf/model.safetensors").touch()
+    for out, message in (("file", "--out=.*File exists: a directory"), ("file/x", "--out=.*Not a directory"), ("hf", "holds a model for transformers")):
+        with pytest.raises(SystemExit, match=message):
+            train.main(config(out=str(tmp_path / out)) if out == "x" else dataclasses.replace(config(), out=str(tmp_path / out)))
+
+
+def test_a_broken_config_json_is_another_runs(config):
+    cfg = config(steps=2)
+    train.main(cfg)
+    (Path(cfg.out) / "config.json").write_text("{")
+    with pytest.raises(SystemExit, match="holds another run"):
+        train.main(cfg)
+    train.main(dataclasses.replace(cfg, resume=True))
+
+
+def test_many_epochs_are_said(config, capsys):
+    train.main(config(steps=1))
+    assert "epochs of" not in capsys.readouterr().out
+    cfg = config("long", steps=20_000)
+    stopped_run(cfg, 1)
+    assert re.search(r"WARNING: \d+\.\d epochs of .*: beyond 5", capsys.readouterr().out)
