@@ -320,9 +320,9 @@ def is_spike(loss, norm, norms):
 
 NOT_THE_EXPERIMENT = {"resume", "overwrite", "wandb", "bench", "log_every", "eval_every", "save_every", "device", "compile",
                       "tp", "probe", "ablate", "sweep", "match", "seeds", "out"}
-# With --resume these may change too, which is said; and what the checkpoint itself, or a checksum in it, can tell is left to that.
-ON_THE_WAY = {"lr", "grad_clip", "steps", "epochs", "skip_samples", "micro_batch", "num_iterations", "samples", "merge", "init", "stage", "teacher",
-              "data", "problems", "tasks", "lora_rank", "lora_alpha", "lora_targets"}
+# What --resume may change too, which is said; and what the checkpoint tells better, by a checksum or in words of its own.
+ON_THE_WAY = {"lr", "grad_clip", "steps", "epochs", "skip_samples", "micro_batch", "num_iterations", "samples", "merge",
+              "init", "stage", "teacher", "data", "problems", "tasks", "lora_rank", "lora_alpha", "lora_targets"}
 
 
 def check(cfg, rt):
@@ -376,7 +376,8 @@ def claim(out, cfg, restarted=False, sources=()):
     other = other_settings(cfg, recorded) if recorded else ["origin"]
     if files and restarted and not other:
         return True
-    if cfg.overwrite and any(source and out.resolve() in (Path(source).resolve(), Path(source).resolve().parent) for source in sources):
+    paths = [Path(source).resolve() for source in sources if source]
+    if cfg.overwrite and any(out.resolve() in (path, path.parent) for path in paths):
         raise SystemExit(f"--overwrite: {out} holds what this run begins from: another --out expected")
     if not files and any(out.glob("*.safetensors")):
         raise SystemExit(f"{out}: holds a model for transformers: another --out expected")
@@ -655,7 +656,7 @@ def main(cfg):
             bad = 0 if update(run, loss, norm, lr) else bad + 1
             if bad == 10:
                 raise Diverged(f"step {run.step + 1}: 10 steps in a row were not finite; --resume goes on from "
-                                 f"the last save, perhaps with a lower --lr or --grad_clip, or {samples(run)}")
+                               f"the last save, perhaps with a lower --lr or --grad_clip, or {samples(run)}")
             run.step, run.consumed, run.seconds = run.step + 1, run.consumed + run.rows, time.perf_counter() - start
             log.bar.update(1)
             if run.step > begun + 3:  # the first steps warm up
@@ -809,11 +810,11 @@ def ablate(cfg, rt):
           + "".join(f"{s:>9}" for s in sources) + "   gap to the baseline")
     for name, each in found.items():
         gaps = [a.bpb["mean"] - b.bpb["mean"] for a, b in zip(each, found["baseline"])]
-        finite = all(map(math.isfinite, gaps))
-        noise = statistics.stdev(gaps) / math.sqrt(len(gaps)) * T95[min(len(gaps) - 1, 9)] if finite and len(gaps) > 1 else math.nan
-        gap, c = statistics.fmean(gaps), each[0].config
-        verdict = "diverged" if not finite else "" if name == "baseline" else "one seed: unknown" if cfg.seeds == 1 else "tie" if abs(gap) <= noise else \
-            "better" if gap < 0 else "worse"
+        gap, n, c, noise = statistics.fmean(gaps), len(gaps), each[0].config, math.nan
+        if n > 1 and math.isfinite(gap):
+            noise = statistics.stdev(gaps) / math.sqrt(n) * T95[min(n - 1, 9)]
+        verdict = "diverged" if not math.isfinite(gap) else "" if name == "baseline" else "one seed: unknown" if n == 1 else \
+            "tie" if abs(gap) <= noise else "better" if gap < 0 else "worse"
         bpb = {s: statistics.fmean(x.bpb[s] for x in each) for s in sources}
         result[name] = dict(params=nano.num_params(c), kv_bytes_per_token=nano.kv_bytes_per_token(c), layers=c.num_hidden_layers,
                             tok_per_s=statistics.median(x.tok_per_s for x in each), bpb=bpb, gap=gap, noise=noise, verdict=verdict)
