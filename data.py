@@ -537,8 +537,12 @@ def find_files(flag, spec):
         found = [path / p for p in glob.glob(pattern, root_dir=path, recursive=True)] if path.is_dir() else \
             [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
         found = [p for p in found if p.is_file()]
-        runs = {p.parent for p in found if re.fullmatch(r"ckpt_\d+\.pt", p.name)}      # what earlier runs have made is no text
-        files = sorted(p for p in found if p.parent not in runs and not re.search(r"\.(train|val)\.(bin|json)$", p.name))
+        if not path.is_file():      # what runs have left there is no text
+            runs = {p.parent for p in found if re.fullmatch(r"ckpt_\d+\.pt", p.name)}
+            mine = r"ckpt_\d+\.pt|(config|scores)\.json|(metrics|pairs)\.jsonl"
+            found = [p for p in found if not (re.search(r"\.(train|val)\.(bin|json)$", p.name) or
+                                              p.parent in runs and re.fullmatch(mine, p.name))]
+        files = sorted(found)
         if not files:
             raise ValueError(f"--{flag}={item}: nothing found: expected a file, a folder with files or a pattern")
         name = name or (path.stem if path.is_file() else path.resolve().name if path.is_dir() else path.parent.name)
@@ -1085,12 +1089,15 @@ def pair_of(row, prompt):
         raise Dropped("chosen and rejected are the same")
     if isinstance(prompt, str) and isinstance(chosen, list):
         roles = [m.get("role") for m in chosen if isinstance(m, dict)]
-        before, prompt = as_messages(prompt, "user") * ("user" not in roles[:1 + (roles[:1] == ["system"])]), None
+        first = roles[:1] == ["system"]
+        before, prompt = as_messages(prompt, "user") if "user" not in roles[:1 + first] else [], None
     if prompt is None:
         n = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
         if isinstance(chosen, str):                                     # never in the middle of a word
             n = max(chosen.rfind(space, 0, n) + 1 for space in " \n\t")
-        prompt, chosen, rejected = before + chosen[:n] if before else chosen[:n], chosen[n:], rejected[n:]
+        prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
+        if before:      # after the system message
+            prompt = prompt[:first] + before + prompt[first:]
         if not prompt:
             raise ValueError("chosen and rejected begin differently: expected a prompt")
     elif isinstance(prompt, list) and chosen[:len(prompt)] == prompt == rejected[:len(prompt)]:
@@ -1121,14 +1128,21 @@ def clean_answer(text):
     return re.sub(r"(?<=\d),(?=\d{3})", "", text.strip()).strip("$ ").rstrip(". ")
 
 
+def boxed(text):
+    r"""What the last \boxed{...} of a text holds, or None."""
+    _, mark, rest = text.rpartition("\\boxed{")
+    depth = list(itertools.accumulate((c == "{") - (c == "}") for c in rest))
+    return rest[:depth.index(-1)] if mark and -1 in depth else None
+
+
 def answered(question, answer):
     """A problem. Answers of GSM8K (arXiv 2110.14168) and MATH (arXiv 2103.03874) hold the working too, which becomes reasoning,
     GSM8K's without its <<...>>."""
     if not isinstance(answer, str | int | float) or isinstance(answer, bool):
         raise ValueError(f"answer {answer!r:.40}: expected text or a number")
     working, mark, final = str(answer).rpartition("####")
-    if not mark and (boxed := re.findall(r"\\boxed\{((?:[^{}]|\{(?:[^{}]|\{[^{}]*\})*\})*)\}", final)):
-        working, mark, final = final, "\\boxed", boxed[-1]
+    if not mark and (box := boxed(final)) is not None:
+        working, mark, final = final, "\\boxed" * (final.strip(" $.") != f"\\boxed{{{box}}}"), box
     result = dict(prompt=as_messages(question, "user"), answer=clean_answer(final))
     if not result["answer"]:
         raise ValueError(f"answer: expected something after {mark}" if mark else "answer: expected some text")
@@ -1139,15 +1153,19 @@ def answered(question, answer):
     return result
 
 
+def instructed(row):
+    """instruction and input -> one question; None: there is none."""
+    parts = [row.get("instruction"), row.get("input") or ""]
+    if parts[0] is None:
+        return None
+    if not all(isinstance(p, str) for p in parts):
+        raise ValueError("instruction, input: expected text")
+    return parts[0] + (f"\n\n{parts[1].strip()}" if parts[1].strip() else "")
+
+
 def sorted_out(row):
     """A row by its keys, in order of precedence -> the parts of the internal form, not checked yet."""
     question = next((row[k] for k in ("question", "prompt", "problem") if row.get(k) is not None), None)
-    asked = question
-    if question is None and "instruction" in row:
-        parts = [row["instruction"], row.get("input") or ""]
-        if not all(isinstance(p, str) for p in parts):
-            raise ValueError("instruction, input: expected text")
-        asked = parts[0] + (f"\n\n{parts[1].strip()}" if parts[1].strip() else "")
     answer = next((row[k] for k in ("answer", "solution", "target") if row.get(k) is not None), None)
     if "messages" in row:
         return dict(messages=row["messages"])
@@ -1157,15 +1175,15 @@ def sorted_out(row):
             raise ValueError(f"conversations: expected a list of from ({', '.join(SPEAKERS)}) and value")
         return dict(messages=[dict(role=SPEAKERS[t["from"]], content=t.get("value")) for t in turns])
     if "chosen" in row and "rejected" in row:
-        return pair_of(row, asked)
+        return pair_of(row, instructed(row) if question is None else question)
     if "prompt" in row and "completion" in row:
         return dict(messages=as_messages(row["prompt"], "user") + as_messages(row["completion"], "assistant"))
     if "choices" in row and question is not None:
         return choices_of(row, question)
     if question is not None and answer is not None:
         return answered(question, answer)
-    if "instruction" in row and "output" in row:
-        return dict(messages=as_messages(asked, "user") + as_messages(row["output"], "assistant"))
+    if row.get("instruction") is not None and "output" in row:
+        return dict(messages=as_messages(instructed(row), "user") + as_messages(row["output"], "assistant"))
     if isinstance(row.get("text"), str):
         return dict(text=row["text"])
     raise ValueError(f"keys {', '.join(sorted(row)) or 'none'}: expected {FORMATS}")
@@ -1202,6 +1220,7 @@ def normalize(example):
     check_tools(tools)
     name, keys = ("custom_instructions", options) if "custom_instructions" in options else ("system", example)
     instructions = keys.get(name, "")
+    instructions = "" if name == "system" and instructions is None else instructions      # a column that few rows fill
     if not isinstance(instructions, str):
         raise ValueError(f"{name} {instructions!r:.40}: expected text, or no such key")
     chats = [k for k in ("messages", "prompt", "chosen", "rejected") if k in result]

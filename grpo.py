@@ -11,7 +11,7 @@
 Read main() first: sample answers, score them, and make those likelier that beat the mean of their group. What is random is a
 function of (seed, number of the problem, number of the answer): a run that is resumed ends with the same bits.
 """
-import copy, dataclasses, importlib.util, json, math, statistics, sys, time, zlib
+import contextlib, copy, dataclasses, importlib.util, json, math, statistics, sys, time, zlib
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -389,10 +389,15 @@ def check(cfg, rt):
             raise SystemExit(message)
 
 
+def first_of(cfg):
+    """What the policy begins from; "": nothing."""
+    return cfg.init or next((d for d in ("out/apo", "out/sft") if nano.checkpoints(d)), "")
+
+
 def open_model(cfg, rt, resuming):
     """-> (policy, what its checkpoint holds besides, reference or None, teacher or None). The reference is the model that the
     run began with; it and the teacher carry the path and the crc of their files."""
-    init, model = cfg.init or next((d for d in ("out/apo", "out/sft") if nano.checkpoints(d)), ""), None
+    init, model = first_of(cfg), None
     others = {"--init": None, "--teacher": None}
     if not init:
         model, extra = train.new_model(nano.Config(), rt), dict(tokenizer="bytes", train_config={})
@@ -445,7 +450,8 @@ def begin(cfg, rt):
     """Models, problems, optimizers and where the run stands: everything main() needs, new or from the newest checkpoint."""
     rewards = load_rewards(cfg.rewards)
     cfg = dataclasses.replace(cfg, beta=0.0) if cfg.teacher else cfg  # there the teacher is what it stays close to
-    locked, resuming = train.occupy(cfg, rt, cfg.init or "out/apo", cfg.init or "out/sft", cfg.teacher)
+    locked, resuming = train.occupy(cfg, rt, first_of(cfg), cfg.teacher)
+    cfg = train.with_init(cfg, resuming)
     model, extra, reference, teacher = open_model(cfg, rt, resuming)
     before = extra["train_config"]
     date = cfg.date or resuming and before["date"] or time.strftime("%d %B %Y")  # a run does not change with the day
@@ -551,7 +557,8 @@ def main(cfg):
     result = totals | validate(run)
     log.row(final=True, **result)
     log.close()
-    report(run, result)
+    with contextlib.suppress(OSError):  # a reader who has left
+        report(run, result)
     return result | dict(before=run.monitor["before"])
 
 

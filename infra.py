@@ -140,7 +140,8 @@ def cli(Config, presets={}, argv=None):
             if key == "config":
                 files = _config_file(value)
                 if presets and "preset" in files:
-                    preset = preset or named(files.pop("preset"), f"{value}: preset")
+                    theirs = named(files.pop("preset"), f"{value}: preset")
+                    preset = preset or theirs
                 for name in files:
                     check(name, f"{value}: {name}")
             flags[key] = value
@@ -353,7 +354,7 @@ def launch(main, cfg):
             e = SystemExit(str(e))
         if isinstance(e, BrokenPipeError):  # `| head` has seen enough; nor can what is still in the buffer be written
             os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            e = SystemExit("nobody reads the output any more: stopped")
+            e = SystemExit("nobody reads the output any more")
         if "TORCHELASTIC_RUN_ID" in os.environ:
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
             if os.environ["RANK"] != "0" or not isinstance(e, SystemExit):  # what all find wrong, rank 0 says
@@ -498,12 +499,13 @@ class Stop:
     def __enter__(self):
         self.signal, self.old = None, {}
         if threading.current_thread() is threading.main_thread():
-            caught = [signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)]
-            self.old = {s: signal.signal(s, self.catch) for s in set(caught) if signal.getsignal(s) != signal.SIG_IGN}  # nohup
+            hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
+            hangup = [] if signal.getsignal(hangup) == signal.SIG_IGN else [hangup]  # nohup
+            self.old = {s: signal.signal(s, self.catch) for s in {signal.SIGINT, signal.SIGTERM, *hangup}}
         return self
 
     def catch(self, number, frame):
-        if self.signal is not None:
+        if self.signal is not None and number != getattr(signal, "SIGHUP", None):  # a terminal that closes may say so twice
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
 
@@ -522,9 +524,11 @@ def _is_row(text, last):
 
 
 def finite(value):
-    """JSON has no NaN and no infinity: null instead, in dicts at any depth (lists are left as they are)."""
+    """JSON has no NaN and no infinity: null instead, at any depth."""
     if isinstance(value, dict):
         return {k: finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

@@ -1153,16 +1153,26 @@ class Options(Config, Machine):
     prompt_tokens: int = 32      # --bench: tokens in each prompt
 
 
+ROPE = ("rope_theta", "rope_factor", "original_max_position_embeddings")
+
+
 def extend(config, cfg):
     """What the flags say on the rotary embedding, where that is not the default, replaces what a checkpoint says: the playbook
     lengthens context by a larger base (ABF) and training, then by YaRN without. Call it before the row length changes."""
-    for name in ("rope_theta", "rope_factor", "original_max_position_embeddings"):
+    for name in ROPE:
         old, new = getattr(config, name), getattr(cfg, name)
         if new not in (old, getattr(Config, name)):
             print(f"!!! {name}: {new} instead of the checkpoint's {old}", file=sys.stderr)
             setattr(config, name, new)
     if config.rope_factor > 1 and not config.original_max_position_embeddings:
         config.original_max_position_embeddings = config.max_position_embeddings
+
+
+def stretched(config):
+    """Rows as long as YaRN makes them: what a model is chatted with, or exported."""
+    if config.rope_factor > 1:
+        longer = round(config.original_max_position_embeddings * config.rope_factor)
+        config.max_position_embeddings = max(config.max_position_embeddings, longer)
 
 
 def shape_of(cfg):
@@ -1206,7 +1216,7 @@ def export(cfg):
     """--export_hf: a run for transformers, with what the flags say on the rotary embedding."""
     from data import get_tokenizer
     dtype, state = torch.float32 if cfg.dtype == "float32" else torch.bfloat16, read_checkpoint(cfg.init, fold=False)
-    extend(state["model_config"], cfg)
+    extend(state["model_config"], cfg), stretched(state["model_config"])
     model, extra = load_checkpoint(state, dtype=dtype)
     style, name = extra["train_config"].get("style", ""), Path(cfg.export_hf).name
     to_hf(model, cfg.export_hf, get_tokenizer(extra["tokenizer"]), style, dtype, card=model_card(model.config, extra, name))
@@ -1221,9 +1231,7 @@ def open_model(cfg, rt):
     from data import get_tokenizer  # the rest of this file does without text
     state = read_checkpoint(cfg.init, fold=False)
     c, dtype, rows = state["model_config"], rt.dtype, cfg.batch if cfg.prompt_file else min(cfg.batch, cfg.num_samples)
-    extend(c, cfg)
-    if c.rope_factor > 1:  # --chat remembers as much as YaRN makes of it
-        c.max_position_embeddings = max(c.max_position_embeddings, round(c.original_max_position_embeddings * c.rope_factor))
+    extend(c, cfg), stretched(c)
     tokens = min(cfg.context, c.max_position_embeddings) if cfg.chat else 2 * rows * cfg.max_new_tokens  # half of it the prompt
     weights = num_params(c) * dtype.itemsize / rt.tp_size
     cache = kv_bytes_per_token(c, 4 if rt.device.type == "cpu" else dtype.itemsize, rt.tp_size) * tokens

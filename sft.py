@@ -10,7 +10,7 @@
 
 Read main() first. What is random is a function of (seed, number of the row): a run that is resumed ends with the same bits.
 """
-import dataclasses, json, math, os, statistics, sys, time, zlib
+import contextlib, dataclasses, json, math, os, statistics, sys, time, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -78,6 +78,7 @@ PRESETS = {"mid": _RECIPE | dict(style="chatml", loss_on="all", lr=2e-5, epochs=
                                  beta=0.05)}
 DEFAULTS = {"sft": dict(init="out/base", batch=16, lr=2e-3), "apo": dict(init="out/sft", batch=32, lr=1e-4),
             "eval": dict(init="out/apo"), "merge": {}}
+NEW_PAIRS = "pairs.jsonl.0.tmp"  # a name that the next start clears away
 SUMS, PROBLEMS, SELF = 12_000, 200, 3_000  # training problems of sft, held-out ones, fresh ones for --pairs=self
 
 
@@ -316,9 +317,7 @@ def self_pairs(model, tokenizer, cfg, rt):
 
 def pairs_of(cfg, rt, model, tokenizer, resuming):
     """Where the pairs come from, as `load` takes it; None: cfg.data. Sampled ones are kept beside the run."""
-    path = Path(cfg.out) / ("pairs.jsonl" if resuming else "pairs.new.tmp")  # renamed when the old run is over
-    if rt.rank == 0 and not resuming:
-        path.unlink(missing_ok=True)
+    path = Path(cfg.out) / ("pairs.jsonl" if resuming else NEW_PAIRS)  # renamed when the old run is over
     if cfg.data and any("chosen" in row for row in read_all("data", cfg.data)):
         return None
     if cfg.pairs == "sums":
@@ -601,6 +600,7 @@ def open_model(cfg, rt, resuming):
 def begin(cfg, rt):
     """Model, data, optimizers and where the run stands: everything main() needs, new or from the newest checkpoint."""
     locked, resuming = train.occupy(cfg, rt, cfg.init or DEFAULTS[cfg.stage]["init"])
+    cfg = train.with_init(cfg, resuming)
     model, extra, lora = open_model(cfg, rt, resuming)
     before = extra["train_config"]
     if resuming and extra["stage"] != cfg.stage:
@@ -628,9 +628,10 @@ def begin(cfg, rt):
                       lora=lora, tokenizer=tokenizer, tasks=tasks, examples=examples, held=held)
     run.samples = lambda: f"rows {run.consumed} to {run.consumed + cfg.batch - 1} of the run's order"
     run.monitor["data"] = mark
+    run.monitor.setdefault("tokens", run.consumed * cfg.max_length)
     if cfg.stage == "apo":
         if not resuming:
-            if rt.rank == 0 and (new := run.out / "pairs.new.tmp").exists():
+            if rt.rank == 0 and (new := run.out / NEW_PAIRS).exists():
                 new.replace(run.out / "pairs.jsonl")
             run.monitor["reference"] = logp_sums(model, [x for pair in examples + held for x in pair], rt).view(-1, 2)
         run.reference, run.held_reference = run.monitor["reference"].split([len(examples), len(held)])
@@ -695,7 +696,7 @@ def main(cfg):
                 rt, float(loss) / rt.tp_size, stop.signal is not None, int((targets != -100).sum()) / rt.tp_size,
                 targets.numel() / rt.tp_size, *(v / rt.tp_size for v in metrics.values()))
             trained, places = trained + counted, places + seen
-            run.monitor["tokens"] = run.monitor.get("tokens", 0) + int(seen)  # padding, too
+            run.monitor["tokens"] += int(seen)  # padding, too
             bad = 0 if train.update(run, loss, norm, lr) else bad + 1
             if bad == 10:
                 raise SystemExit(f"step {run.step + 1}: 10 steps in a row were not finite: a lower --lr expected")
@@ -722,7 +723,7 @@ def main(cfg):
             run.lora, run.optimizers = None, []
         if not train.save(run):
             raise SystemExit(f"{run.out}: step {run.step} could not be saved; --resume goes on from the last checkpoint")
-    totals = dict(step=run.step, tokens=run.monitor.get("tokens", 0), loss=loss, seconds=run.seconds, skipped=run.skipped)
+    totals = dict(step=run.step, tokens=run.monitor["tokens"], loss=loss, seconds=run.seconds, skipped=run.skipped)
     if stopping:
         log.say(f"{stop.signal or 'A signal'}: saved {run.out} at step {run.step}; --resume goes on from there")
         log.close()
@@ -730,7 +731,8 @@ def main(cfg):
     result = totals | validate(run)
     log.row(final=True, **result)
     log.close()
-    report(run, result)
+    with contextlib.suppress(OSError):  # a reader who has left
+        report(run, result)
     return result | dict(before=run.monitor["before"])
 
 

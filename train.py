@@ -322,7 +322,7 @@ NOT_THE_EXPERIMENT = {"resume", "overwrite", "wandb", "bench", "log_every", "eva
                       "tp", "probe", "ablate", "sweep", "match", "seeds", "out"}
 # What --resume may change too, which is said; and what the checkpoint tells better, by a checksum or in words of its own.
 ON_THE_WAY = {"lr", "grad_clip", "steps", "epochs", "skip_samples", "micro_batch", "num_iterations", "samples", "merge",
-              "init", "stage", "teacher", "data", "problems", "tasks", "lora_rank", "lora_alpha", "lora_targets"}
+              "tokenizer", "init", "stage", "teacher", "data", "problems", "tasks", "lora_rank", "lora_alpha", "lora_targets"}
 
 
 def check(cfg, rt):
@@ -355,7 +355,8 @@ def other_settings(cfg, recorded):
     free = NOT_THE_EXPERIMENT | {k for k in ("vocab_size", "original_max_position_embeddings", "steps", "style", "date")
                                  if not getattr(cfg, k, None)}
     if cfg.init:
-        free |= {f.name for f in dataclasses.fields(nano.Config)} - {"max_position_embeddings"}
+        own = {"max_position_embeddings", *(k for k in nano.ROPE if getattr(cfg, k, 0) != getattr(nano.Config, k))}
+        free |= {f.name for f in dataclasses.fields(nano.Config)} - own
     return [k for k, v in dataclasses.asdict(cfg).items() if k in recorded and k not in free and v != recorded[k]]
 
 
@@ -366,6 +367,11 @@ def settings(out):
     return {}
 
 
+def with_init(cfg, resuming):
+    """A run that goes on began from what its config.json says, whatever the flags leave out."""
+    return dataclasses.replace(cfg, init=settings(cfg.out).get("init", "")) if resuming and not cfg.init else cfg
+
+
 def claim(out, cfg, restarted=False, sources=()):
     """May this run write to `out`? Refuses where another run would suffer -> whether there is one to resume. sources: what this
     run reads weights from.
@@ -373,7 +379,7 @@ def claim(out, cfg, restarted=False, sources=()):
     restarted: torchrun --max_restarts has started the same command again, for a process died. Then the run goes on without
     --resume, but only if it is this very run: the first start may have died early, or of being refused here."""
     files, recorded = nano.checkpoints(out), settings(out)
-    other = other_settings(cfg, recorded) if recorded else ["origin"]
+    other = other_settings(with_init(cfg, cfg.resume), recorded) if recorded else ["origin"]
     if files and restarted and not other:
         return True
     paths = [Path(source).resolve() for source in sources if source]
@@ -381,12 +387,17 @@ def claim(out, cfg, restarted=False, sources=()):
         raise SystemExit(f"--overwrite: {out} holds what this run begins from: another --out expected")
     if not files and any(out.glob("*.safetensors")):
         raise SystemExit(f"{out}: holds a model for transformers: another --out expected")
-    if files and cfg.resume and recorded:
-        if fixed := [k for k in other if k not in ON_THE_WAY]:
+    kind = lambda keys, stage: ({"batch_tokens", "batch", "prompts"} & set(keys), stage)
+    if files and cfg.resume and kind(recorded, recorded.get("stage")) == kind(vars(cfg), getattr(cfg, "stage", None)):
+        name = lambda value: re.sub(r"[^,=]*/", "", str(value).rstrip("/"))  # files may have moved
+        may = ON_THE_WAY | ({"max_new_tokens"} if hasattr(cfg, "stage") else set())  # sft.py's are for evaluation
+        if fixed := [k for k in other if k not in may and name(getattr(cfg, k)) != name(recorded[k])]:
             raise SystemExit(f"--resume: {out} has {', '.join(f'{k}={recorded[k]}' for k in fixed[:5])}: the same expected "
-                             f"(--config={out}/config.json), or --init={out} and another --out")
+                             f"(--config={out}/config.json --out={out}), or --init={out} and another --out")
         for k in other:
             print(f"!!! {k}: {getattr(cfg, k)} instead of the run's {recorded[k]}", file=sys.stderr)
+    if cfg.resume and not files:
+        print(f"{out}: nothing to resume: a new run")
     if files and not cfg.resume and not cfg.overwrite:
         what = f"another run (other {', '.join(other[:5])})" if other else "this very run"
         raise SystemExit(f"{out}: holds {what}, up to step {int(files[0].stem[5:])}: --resume goes on with it, "
@@ -486,6 +497,7 @@ def begin(cfg, rt):
     out, T = Path(cfg.out), cfg.max_position_embeddings
     rows = cfg.batch_tokens // T
     locked, resuming = occupy(cfg, rt, cfg.init)
+    cfg = with_init(cfg, resuming)
     try:
         with in_turn(rt):
             tokenizer = data.get_tokenizer(cfg.tokenizer)
@@ -701,7 +713,8 @@ def main(cfg):
             log.say(f"{name:19}" + "".join(f"{x:7.0f}" for x in each))
     log.row(final=True, **result)
     log.close()
-    report(run, scores)
+    with contextlib.suppress(OSError):  # a reader who has left
+        report(run, scores)
     return result
 
 
@@ -767,7 +780,7 @@ def experiment(cfg, name):
                 if "stopped" in main(cfg):
                     raise SystemExit(f"{cfg.out}: stopped; the same command goes on from there")
             except Diverged as e:
-                print(f"{name}: {e}", file=sys.stderr)
+                print(f"{name}: {str(e).partition(';')[0]}", file=sys.stderr)
                 if not dist.is_initialized() or dist.get_rank() == 0:
                     with log.open("a", encoding="utf-8") as f:
                         f.write(json.dumps(dict(final=True, val_bpb={})) + "\n")
@@ -792,7 +805,7 @@ def ablate(cfg, rt):
     size, runs, result = nano.num_params(shape(cfg)), {"baseline": cfg}, {}
     fixed = NOT_THE_EXPERIMENT | {"seed", "steps", "batch_tokens", "init"}
     fixed |= {"num_hidden_layers"} if cfg.match else set()
-    fixed |= {f.name for f in dataclasses.fields(nano.Config)} if cfg.init else set()
+    fixed |= {f.name for f in dataclasses.fields(nano.Config)} - {"max_position_embeddings", *nano.ROPE} if cfg.init else set()
     for field, values in values_of("ablate", cfg.ablate).items():
         if field in fixed:
             raise SystemExit(f"--ablate={cfg.ablate}: {field} is the same in all runs"
@@ -805,7 +818,7 @@ def ablate(cfg, rt):
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for name, c in runs.items():
             found[name].append(experiment(dataclasses.replace(c, seed=seed), f"{name}-seed{seed}"))
-    sources = list(found["baseline"][0].bpb)
+    sources = max((list(x.bpb) for each in found.values() for x in each), key=len)  # of one that has not diverged
     print(f"\nbits per byte, mean of {cfg.seeds} seeds\n{'':28}{'parameters':>12}{'KV B/token':>11}{'tok/s':>9}"
           + "".join(f"{s:>9}" for s in sources) + "   gap to the baseline")
     for name, each in found.items():
@@ -813,9 +826,9 @@ def ablate(cfg, rt):
         gap, n, c, noise = statistics.fmean(gaps), len(gaps), each[0].config, math.nan
         if n > 1 and math.isfinite(gap):
             noise = statistics.stdev(gaps) / math.sqrt(n) * T95[min(n - 1, 9)]
-        verdict = "diverged" if not math.isfinite(gap) else "" if name == "baseline" else "one seed: unknown" if n == 1 else \
-            "tie" if abs(gap) <= noise else "better" if gap < 0 else "worse"
         bpb = {s: statistics.fmean(x.bpb[s] for x in each) for s in sources}
+        verdict = "diverged" if not math.isfinite(bpb["mean"]) else "" if name == "baseline" else "one seed: unknown" if n == 1 else \
+            "tie" if abs(gap) <= noise else "better" if gap < 0 else "worse"
         result[name] = dict(params=nano.num_params(c), kv_bytes_per_token=nano.kv_bytes_per_token(c), layers=c.num_hidden_layers,
                             tok_per_s=statistics.median(x.tok_per_s for x in each), bpb=bpb, gap=gap, noise=noise, verdict=verdict)
         print(f"{name:28}{result[name]['params']:12,}{result[name]['kv_bytes_per_token']:11,}{result[name]['tok_per_s']:9,.0f}"
@@ -842,15 +855,14 @@ def sweep(cfg, rt):
     print("\n" + " ".join(f"{k:>14}" for k in table[0]))
     for row in table:
         print(" ".join(f"{v:>14.6g}" if isinstance(v, float | int) else f"{v:>14}" for v in row.values())
-              + "  <-- best" * (row in best))
-    fits = {}
-    for k in ("lr", "batch_tokens") if len(budgets) > 1 else ():
+              + "  <-- best" * (row in best and math.isfinite(row["bpb"])))
+    best, fits = [row for row in best if math.isfinite(row["bpb"])], {}
+    for k in ("lr", "batch_tokens") if len(best) > 1 else ():
         b, log_a = np.polyfit(np.log([row["flops"] for row in best]), np.log([row[k] for row in best]), 1)
         fits[k] = math.exp(log_a), b
-        print(f"best {k} = {fits[k][0]:.4g} * FLOPs^{b:.3f}, from {len(budgets)} budgets"
-              + " (two points: no test of it)" * (len(budgets) == 2))
-    infra.write_json(Path(cfg.out) / "sweep.json", dict(table=[infra.finite(row) for row in table],
-                                                        best=[infra.finite(row) for row in best], fits=fits))
+        print(f"best {k} = {fits[k][0]:.4g} * FLOPs^{b:.3f}, from {len(best)} budgets"
+              + " (two points: no test of it)" * (len(best) == 2))
+    infra.write_json(Path(cfg.out) / "sweep.json", infra.finite(dict(table=table, best=best, fits=fits)))
     return dict(table=table, best=best, fits=fits)
 
 

@@ -635,19 +635,21 @@ def test_a_pair_that_differs_only_in_reasoning_is_dropped_in_no_think():
     (dict(prompt="u", chosen=[A("a")], rejected=[A("b")]), [U("u")], "a"),
     (dict(prompt="u", chosen=[U("u"), A("a")], rejected=[U("u"), A("b")]), [U("u")], "a"),
     (dict(prompt="u", chosen=[S("s"), U("u"), A("a")], rejected=[S("s"), U("u"), A("b")]), [S("s"), U("u")], "a"),
+    (dict(prompt="q", chosen=[S("s"), A("a")], rejected=[S("s"), A("b")]), [S("s"), U("q")], "a"),
     (dict(chosen="Human: hi Robot: yes", rejected="Human: hi Robot: no"), [U("Human: hi Robot: ")], "yes")])
 def test_a_pair_keeps_its_question(row, prompt, chosen):
     row = data.normalize(row)
     assert (row["prompt"], row["chosen"]) == (prompt, [A(chosen)])
 
 
-def test_a_system_prompt_beside_a_chat_is_its_first_message_and_none_is_refused():
+def test_a_system_prompt_beside_a_chat_is_its_first_message():
     for row in (dict(instruction="Hi", output="Go"), dict(conversations=[{"from": "human", "value": "Hi"}, {"from": "gpt", "value": "Go"}]),
                 dict(prompt="Hi", completion="Go"), dict(messages=[U("Hi"), A("Go")])):
         assert data.normalize(row | dict(system="Be rude."))["messages"] == [S("Be rude."), U("Hi"), A("Go")]
         assert data.normalize(row | dict(system=""))["messages"] == [U("Hi"), A("Go")]
-        with pytest.raises(ValueError, match="system None: expected text, or no such key"):
-            data.normalize(row | dict(system=None))
+        assert data.normalize(row | dict(system=None)) == data.normalize(row)      # a column that few rows fill
+        with pytest.raises(ValueError, match="system 5: expected text, or no such key"):
+            data.normalize(row | dict(system=5))
     assert data.normalize(dict(messages=[S("own"), U("Hi"), A("Go")], system="other"))["messages"][0] == S("own")
 
 
@@ -656,6 +658,10 @@ def test_the_answer_of_a_solution_is_what_it_boxes_and_the_rest_is_reasoning():
     assert row["answer"] == r"\frac{1}{2^{1}}" and row["mode"] == "think"
     assert row["messages"][-1]["content"].startswith("<think>\nFirst") and row["messages"][-1]["content"].endswith("</think>\n" + row["answer"])
     assert data.normalize(dict(problem="?", solution="no box"))["answer"] == "no box"
+    deep = r"\boxed{\frac{\sqrt{\frac{1}{2}}}{2}}"
+    assert data.normalize(dict(problem="?", solution=f"So {deep}."))["answer"] == deep[7:-1]
+    assert data.normalize(dict(problem="?", solution=r"$\boxed{5}$.")) == dict(prompt=[U("?")], answer="5")      # no working
+    assert data.normalize(dict(text="t", instruction=None)) == dict(text="t")
 
 
 def test_a_label_beyond_the_choices_is_no_answer():

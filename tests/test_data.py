@@ -529,11 +529,13 @@ def test_prefetch_raises_what_went_wrong_in_its_thread():
 
 def test_a_folder_with_runs_in_it_is_read_without_them(tmp_path):
     """Else every start would find other documents, and prepare them anew."""
-    for file in ("a.txt", "sub/b.txt", "out/base/ckpt_00000007.pt", "out/base/metrics.jsonl", "out/data/a.train.bin", "out/data/a.train.json"):
+    for file in ("a.txt", "sub/b.txt", "out/base/c.txt", "out/base/ckpt_00000007.pt", "out/base/metrics.jsonl", "out/data/a.train.bin", "out/data/a.train.json"):
         (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / file).write_text(f"text of {file}")
     [(_, files)] = data.find_files("text", str(tmp_path))
-    assert [f.name for f in files] == ["a.txt", "b.txt"]
+    assert [f.name for f in files] == ["a.txt", "c.txt", "b.txt"]
+    [(_, files)] = data.find_files("text", str(tmp_path / "out/data/a.train.json"))        # asked for by name
+    assert len(files) == 1
 
 
 @pytest.mark.parametrize("change, message", [

@@ -227,7 +227,8 @@ def test_flags_on_the_rotary_embedding_reach_an_exported_model_and_adapters_too(
     export(to="longer", rope_factor=4.0)
     config = json.loads(Path("longer/config.json").read_text())
     assert config["rope_scaling"] == config["rope_parameters"] and config["rope_scaling"]["factor"] == 4.0      # transformers 4 reads the first
-    assert nano.hf_config("longer/config.json").rope_factor == 4.0
+    config = nano.hf_config("longer/config.json")
+    assert (config.rope_factor, config.max_position_embeddings, config.original_max_position_embeddings) == (4.0, 1024, 256)
 
 
 def test_a_template_inside_the_tokenizers_settings_tells_the_style(here):

@@ -273,3 +273,20 @@ def test_a_cut_last_row_is_run_again_or_left_out(cfg, monkeypatch, capsys):
     assert train.main(cfg(ablate="qk_norm=true"))["qk_norm=True"]["bpb"] == first["qk_norm=True"]["bpb"] and len(done) == 1
     log.write_text(log.read_text() + '{"half')
     assert infra.logged(log.parent, "step")["loss"]
+
+
+def test_where_only_the_baseline_diverges_the_others_are_better(cfg, monkeypatch):
+    result = train.main(cfg(ablate="lr=2e-3,1e38", lr=1e30, seeds=2, steps=14, optimizer="adamw"))
+    assert [row["verdict"] for row in result.values()] == ["diverged", "better", "diverged"]
+    assert set(result["lr=0.002"]["bpb"]) == {"text", "mean"} and math.isfinite(result["lr=0.002"]["bpb"]["mean"])
+
+
+def test_a_sweep_of_which_nothing_is_left_has_no_best_and_no_fit(cfg, capsys):
+    result = train.main(cfg(sweep="lr=1e30,1e31;tokens=896,1792", optimizer="adamw"))
+    assert not result["best"] and not result["fits"] and "<-- best" not in capsys.readouterr().out
+
+
+def test_rows_and_rotation_can_be_compared_from_a_checkpoint(cfg, monkeypatch):
+    train.main(cfg(out="out/base"))
+    result = train.main(cfg(init="out/base", ablate="rope_theta=20000;max_position_embeddings=64"))
+    assert len(result) == 3 and all(row["gap"] for name, row in result.items() if name != "baseline")

@@ -541,7 +541,7 @@ def test_a_closed_terminal_is_a_signal_to_stop_unless_nohup_says_otherwise():
     before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
     try:
         with infra.Stop() as stop:
-            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGHUP), os.kill(os.getpid(), signal.SIGHUP)       # from the kernel and from the shell
             assert stop.signal == "SIGHUP"
         signal.signal(signal.SIGHUP, signal.SIG_IGN)
         with infra.Stop() as stop:
@@ -575,3 +575,21 @@ def test_a_preset_may_stand_in_the_file_too(tmp_path, capsys):
     with pytest.raises(SystemExit):
         infra.cli(train.Config, train.PRESETS, [f"--config={tmp_path}/b.toml"])
     assert "preset=large: one of " in capsys.readouterr().err
+
+
+def test_a_job_that_a_script_started_in_the_background_hears_sigint():
+    """There it is ignored at first, as SIGHUP is under nohup."""
+    before = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    try:
+        with infra.Stop() as stop:
+            os.kill(os.getpid(), signal.SIGINT)
+            assert stop.signal == "SIGINT"
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def test_a_preset_before_a_file_with_another_one_wins(tmp_path):
+    (tmp_path / "a.toml").write_text('preset = "small"\nseed = 3\n')
+    for words in (["shakespeare"], ["--preset=shakespeare"]):
+        cfg = infra.cli(train.Config, train.PRESETS, [*words, f"--config={tmp_path}/a.toml"])
+        assert cfg == train.Config(**train.PRESETS["shakespeare"], seed=3)

@@ -1522,3 +1522,10 @@ def test_an_overwriting_run_that_cannot_begin_keeps_the_old_runs_pairs(config, m
     one_line(sft.main, dataclasses.replace(cfg, overwrite=True, max_length=4), match="no example has a trained token")
     assert (Path(cfg.out) / "pairs.jsonl").read_bytes() == before
     sft.main(resumed(cfg, steps=3))
+
+
+def test_the_length_of_answers_in_evaluations_may_change_on_the_way(config):
+    cfg = config()
+    stopped_run(cfg, 2)
+    sft.main(resumed(cfg, max_new_tokens=4))
+    one_line(sft.main, resumed(cfg, max_length=64), match="--resume: .* has max_length=128: the same expected")

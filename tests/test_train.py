@@ -1,5 +1,5 @@
 """train.py: schedule, optimizers, gradients, evaluation, and a run that survives signals, crashes, NaNs and repetition."""
-import dataclasses, io, json, lzma, math, re, signal, subprocess, sys, time
+import dataclasses, io, json, lzma, math, re, shutil, signal, subprocess, sys, time
 from collections import deque
 from pathlib import Path
 from types import SimpleNamespace
@@ -817,3 +817,36 @@ def test_many_epochs_are_said(config, capsys):
     cfg = config("long", steps=20_000)
     stopped_run(cfg, 1)
     assert re.search(r"WARNING: \d+\.\d epochs of .*: beyond 5", capsys.readouterr().out)
+
+
+def test_a_run_whose_text_has_moved_is_resumed_and_so_is_one_that_forgets_where_it_began(config, corpus, tmp_path, capfd):
+    base, moved = config("base", steps=2), tmp_path / Path(corpus).name
+    train.main(base)
+    cfg = dataclasses.replace(config(steps=6, lr=1e-3), init=base.out, rope_theta=20_000.0)
+    stopped_run(cfg, 3)
+    with pytest.raises(SystemExit, match="has rope_theta=20000.0: the same expected"):
+        train.main(dataclasses.replace(cfg, resume=True, rope_theta=90_000.0))
+    shutil.copytree(corpus, moved)
+    train.main(dataclasses.replace(cfg, resume=True, text=str(moved), init=""))
+    assert json.loads((Path(cfg.out) / "config.json").read_text())["init"] == base.out
+    assert "!!! text: " in capfd.readouterr().err
+
+
+def test_resuming_nothing_is_said_and_post_training_is_named(config, capsys):
+    cfg = config(steps=2, resume=True)
+    train.main(cfg)
+    assert "nothing to resume: a new run" in capsys.readouterr().out
+    path = Path(cfg.out) / "config.json"
+    recorded = json.loads(path.read_text())
+    del recorded["batch_tokens"]
+    path.write_text(json.dumps(recorded | dict(batch=4, stage="sft", warmup=0.3)))                    # as sft.py's
+    nano.save_checkpoint(cfg.out, nano.load_checkpoint(cfg.out)[0], 3, 24, "sft")
+    with pytest.raises(SystemExit, match="holds a run of stage sft"):
+        train.main(dataclasses.replace(cfg, steps=4))
+
+
+def test_a_reader_who_leaves_does_not_take_the_end_of_a_run_with_him(config, monkeypatch):
+    def report(*_):
+        raise BrokenPipeError
+    monkeypatch.setattr(train, "report", report)
+    assert train.main(config(steps=1))["step"] == 1
