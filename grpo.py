@@ -139,7 +139,7 @@ def score(run, sample):
             sample["complaints"] = sample.get("complaints", {}) | {name: f"{type(e).__name__}: {data.one_line(e)}"}
         values[name] = value
     complain(run, sample)
-    mute = bool(values) and all(v is None for v in values.values())  # a penalty alone would make it better than what was scored
+    mute = bool(values) and all(v is None for v in values.values())  # the penalty alone would rank it above what is scored
     weights = {name: weight for name, (_, weight) in run.rewards.items()}
     if cfg.overlong_max:
         values["overlong"], weights["overlong"] = overlong_penalty(sample["tokens"], cfg.overlong_max, cfg.overlong_cache), 1.0
@@ -475,8 +475,8 @@ def begin(cfg, rt):
     longest = max(problems, key=lambda p: len(p["prompt"][-1]["content"]))["prompt"]
     most = len(data.render(longest, cfg.mode, cfg.style, None, cfg.date, True, tokenizer)[0]) + cfg.max_new_tokens
     if most > model.config.max_position_embeddings:
-        run.log.say(f"WARNING: the longest prompt and --max_new_tokens={cfg.max_new_tokens} make {most} tokens: the model knows rows "
-                    f"of {model.config.max_position_embeddings}")
+        run.log.say(f"WARNING: the longest prompt and --max_new_tokens={cfg.max_new_tokens} make {most} tokens: the model "
+                    f"knows rows of {model.config.max_position_embeddings}")
     if cfg.overlong_max > cfg.max_new_tokens:
         run.log.say(f"WARNING: no answer of at most --max_new_tokens={cfg.max_new_tokens} meets the full penalty of "
                     f"--overlong_max={cfg.overlong_max}")

@@ -814,13 +814,14 @@ def collective_calls(rt, size):
         return dist.batch_isend_irecv(ops)
     how = dict(group=group, async_op=True)
     return dict(all_reduce=lambda: [dist.all_reduce(whole, **how)], all_gather=lambda: [collect(whole, part, **how)],
-                reduce_scatter=lambda: [scatter(part, whole, **how)], all_to_all=lambda: [dist.all_to_all_single(other, whole, **how)],
+                reduce_scatter=lambda: [scatter(part, whole, **how)],
+                all_to_all=lambda: [dist.all_to_all_single(other, whole, **how)],
                 broadcast=lambda: [dist.broadcast(whole, 0, **how)], send_recv=send_recv), 4 * whole.numel()
 
 
 def finish(works, cuda, seconds=20):
-    """Wait for what was started. NCCL's own wait sleeps a millisecond at a time, so it is asked only when its time is over, to say
-    why."""
+    """Wait for what was started. NCCL's own wait sleeps a millisecond at a time, so it is asked only when the time is over,
+    to say why."""
     for work in works:
         end = time.perf_counter() + seconds
         while cuda and not work.is_completed() and time.perf_counter() < end:

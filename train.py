@@ -372,9 +372,23 @@ def with_init(cfg, resuming):
     return dataclasses.replace(cfg, init=settings(cfg.out).get("init", "")) if resuming and not cfg.init else cfg
 
 
+def keep_settings(out, cfg, recorded, other):
+    """A run that goes on keeps its settings. Refuses `other` ones, or says them where they may change."""
+    kind = lambda keys, stage: ({"batch_tokens", "batch", "prompts"} & set(keys), stage)
+    if kind(recorded, recorded.get("stage")) != kind(vars(cfg), getattr(cfg, "stage", None)):
+        return  # of another script or stage: that is found out, and said, when the checkpoint is read
+    name = lambda value: re.sub(r"[^,=]*/", "", str(value).rstrip("/"))  # files may have moved
+    may = ON_THE_WAY | ({"max_new_tokens"} if hasattr(cfg, "stage") else set())  # sft.py's are for evaluation
+    if fixed := [k for k in other if k not in may and name(getattr(cfg, k)) != name(recorded[k])]:
+        raise SystemExit(f"--resume: {out} has {', '.join(f'{k}={recorded[k]}' for k in fixed[:5])}: the same expected "
+                         f"(--config={out}/config.json --out={out}), or --init={out} and another --out")
+    for k in other:
+        print(f"!!! {k}: {getattr(cfg, k)} instead of the run's {recorded[k]}", file=sys.stderr)
+
+
 def claim(out, cfg, restarted=False, sources=()):
-    """May this run write to `out`? Refuses where another run would suffer -> whether there is one to resume. sources: what this
-    run reads weights from.
+    """May this run write to `out`? Refuses where another run would suffer -> whether there is one to resume. sources: what
+    this run reads weights from.
 
     restarted: torchrun --max_restarts has started the same command again, for a process died. Then the run goes on without
     --resume, but only if it is this very run: the first start may have died early, or of being refused here."""
@@ -387,15 +401,8 @@ def claim(out, cfg, restarted=False, sources=()):
         raise SystemExit(f"--overwrite: {out} holds what this run begins from: another --out expected")
     if not files and any(out.glob("*.safetensors")):
         raise SystemExit(f"{out}: holds a model for transformers: another --out expected")
-    kind = lambda keys, stage: ({"batch_tokens", "batch", "prompts"} & set(keys), stage)
-    if files and cfg.resume and kind(recorded, recorded.get("stage")) == kind(vars(cfg), getattr(cfg, "stage", None)):
-        name = lambda value: re.sub(r"[^,=]*/", "", str(value).rstrip("/"))  # files may have moved
-        may = ON_THE_WAY | ({"max_new_tokens"} if hasattr(cfg, "stage") else set())  # sft.py's are for evaluation
-        if fixed := [k for k in other if k not in may and name(getattr(cfg, k)) != name(recorded[k])]:
-            raise SystemExit(f"--resume: {out} has {', '.join(f'{k}={recorded[k]}' for k in fixed[:5])}: the same expected "
-                             f"(--config={out}/config.json --out={out}), or --init={out} and another --out")
-        for k in other:
-            print(f"!!! {k}: {getattr(cfg, k)} instead of the run's {recorded[k]}", file=sys.stderr)
+    if files and cfg.resume:
+        keep_settings(out, cfg, recorded, other)
     if cfg.resume and not files:
         print(f"{out}: nothing to resume: a new run")
     if files and not cfg.resume and not cfg.overwrite:
@@ -508,7 +515,8 @@ def begin(cfg, rt):
             data.count_rows(f"{s.name}.val", s.val, T)
         model, extra = build(cfg, rt, tokenizer, out if resuming else cfg.init)
         if resuming and extra["stage"] != "base":
-            raise ValueError(f"--resume: {out} holds a run of stage {extra['stage']}: --init={out} and another --out expected")
+            raise ValueError(f"--resume: {out} holds a run of stage {extra['stage']}: --init={out} and another --out "
+                             f"expected")
         if not resuming:  # the length of rows is a choice of the run that starts from --init, not of the shape there
             nano.extend(model.config, cfg)
             model.config.max_position_embeddings, extra = T, {}
@@ -550,8 +558,8 @@ def start(cfg, rt, model, extra, locked, stage, replica, lora=None, **more):
         raise SystemExit(f"--steps={cfg.steps}: {out} stands at step {run.step}: as many or more expected")
     run.log = Log(out, cfg.steps, run.step, cfg.wandb, dataclasses.asdict(cfg), quiet=rt.rank > 0)
     if rt.rank == 0:
-        for f in nano.checkpoints(out) if not extra else ():  # --overwrite; only now, for an error above would have cost the
-            f.unlink()                                        # old run and started no new one
+        for f in nano.checkpoints(out) if not extra else ():  # --overwrite; only now: an error above costs nothing
+            f.unlink()
         # without the flags: repeating the run deletes nothing
         infra.write_json(out / "config.json", dataclasses.asdict(cfg) | dict(resume=False, overwrite=False))
     if complaints:
@@ -762,8 +770,8 @@ def changed(cfg, rt, flag, change, tokens=0):
 
 
 def experiment(cfg, name):
-    """One run of many -> its last metrics, with tok_per_s (the median) and the model's config. A finished one is only read; one
-    that diverged is finished too, and worse than all others."""
+    """One run of many -> its last metrics, with tok_per_s (the median) and the model's config. A finished one is only read;
+    one that diverged is finished too, and worse than all others."""
     cfg = dataclasses.replace(cfg, ablate="", sweep="", match="", seeds=1, out=f"{cfg.out}/{name}", resume=not cfg.overwrite)
     log = Path(cfg.out) / "metrics.jsonl"
 
@@ -805,7 +813,8 @@ def ablate(cfg, rt):
     size, runs, result = nano.num_params(shape(cfg)), {"baseline": cfg}, {}
     fixed = NOT_THE_EXPERIMENT | {"seed", "steps", "batch_tokens", "init"}
     fixed |= {"num_hidden_layers"} if cfg.match else set()
-    fixed |= {f.name for f in dataclasses.fields(nano.Config)} - {"max_position_embeddings", *nano.ROPE} if cfg.init else set()
+    if cfg.init:
+        fixed |= {f.name for f in dataclasses.fields(nano.Config)} - {"max_position_embeddings", *nano.ROPE}
     for field, values in values_of("ablate", cfg.ablate).items():
         if field in fixed:
             raise SystemExit(f"--ablate={cfg.ablate}: {field} is the same in all runs"
@@ -827,8 +836,9 @@ def ablate(cfg, rt):
         if n > 1 and math.isfinite(gap):
             noise = statistics.stdev(gaps) / math.sqrt(n) * T95[min(n - 1, 9)]
         bpb = {s: statistics.fmean(x.bpb[s] for x in each) for s in sources}
-        verdict = "diverged" if not math.isfinite(bpb["mean"]) else "" if name == "baseline" else "one seed: unknown" if n == 1 else \
-            "tie" if abs(gap) <= noise else "better" if gap < 0 else "worse"
+        verdict = "tie" if abs(gap) <= noise else "better" if gap < 0 else "worse"
+        verdict = "" if name == "baseline" else "one seed: unknown" if n == 1 else verdict
+        verdict = verdict if math.isfinite(bpb["mean"]) else "diverged"
         result[name] = dict(params=nano.num_params(c), kv_bytes_per_token=nano.kv_bytes_per_token(c), layers=c.num_hidden_layers,
                             tok_per_s=statistics.median(x.tok_per_s for x in each), bpb=bpb, gap=gap, noise=noise, verdict=verdict)
         print(f"{name:28}{result[name]['params']:12,}{result[name]['kv_bytes_per_token']:11,}{result[name]['tok_per_s']:9,.0f}"
