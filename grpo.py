@@ -508,7 +508,7 @@ def main(cfg):
         run.monitor["before"] = validate(run)
         log.row(step=run.step, tokens=0, seconds=0.0, **run.monitor["before"])
         log.clock = time.perf_counter()
-    start, bad, stopping, loss = time.perf_counter() - run.seconds, 0, False, math.nan
+    start, bad, stopping, loss = time.perf_counter() - run.seconds, 0, False, run.monitor.get("loss", math.nan)
     tokens = run.monitor.setdefault("tokens", 0)
     with Stop() as stop:
         while run.step < cfg.steps and not stopping:
@@ -521,6 +521,7 @@ def main(cfg):
                 norm = float(train.clip_grad_norm(run.model, cfg.grad_clip, rt))
                 loss, stopping, *sums = all_sum(rt, float(loss) / rt.tp_size, stop.signal is not None,
                                                 *(v / rt.tp_size for v in values.values()))
+                run.monitor["loss"] = loss
                 # where nothing was learnt, momentum must not go on: Muon's steps are as long whatever it is
                 bad = 0 if norm == 0 or train.update(run, loss, norm, lr) else bad + 1
                 if bad == 10:

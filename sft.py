@@ -565,8 +565,8 @@ def open_model(cfg, rt, resuming):
         init = ""
     here = nano.read_checkpoint(cfg.out, fold=False) if resuming else {}
     if resuming and bool(here["lora"]) != bool(cfg.lora_rank):
-        raise SystemExit(f"--resume: {cfg.out} holds {'adapters' if here['lora'] else 'a whole model'}: --lora_rank "
-                         f"{'' if here['lora'] else '0 '}expected")
+        raise SystemExit(f"--resume: {cfg.out} holds {'adapters' if here['lora'] else 'a whole model'}: --lora_rank"
+                         f"{'' if here['lora'] else '=0, without --merge,'} expected")
     if init or resuming:
         source = cfg.out if resuming and not cfg.lora_rank else init
         theirs = any(Path(source).glob("*.safetensors"))
@@ -683,7 +683,7 @@ def main(cfg):
         log.row(step=run.step, tokens=0, seconds=0.0, **run.monitor["before"])
         log.clock = time.perf_counter()
     logged, trained, places = time.perf_counter(), 0, 0
-    start, bad, stopping, loss = logged - run.seconds, 0, False, math.nan
+    start, bad, stopping, loss = logged - run.seconds, 0, False, run.monitor.get("loss", math.nan)
     with Stop() as stop:
         while run.step < cfg.steps and not stopping:
             if cfg.lora_dropout and cfg.lora_rank:  # the one thing here that draws from torch's generator
@@ -695,7 +695,7 @@ def main(cfg):
             loss, stopping, counted, seen, *values = all_sum(
                 rt, float(loss) / rt.tp_size, stop.signal is not None, int((targets != -100).sum()) / rt.tp_size,
                 targets.numel() / rt.tp_size, *(v / rt.tp_size for v in metrics.values()))
-            trained, places = trained + counted, places + seen
+            trained, places, run.monitor["loss"] = trained + counted, places + seen, loss
             run.monitor["tokens"] += int(seen)  # padding, too
             bad = 0 if train.update(run, loss, norm, lr) else bad + 1
             if bad == 10:

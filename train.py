@@ -390,8 +390,8 @@ def claim(out, cfg, restarted=False, sources=()):
     """May this run write to `out`? Refuses where another run would suffer -> whether there is one to resume. sources: what
     this run reads weights from.
 
-    restarted: torchrun --max_restarts has started the same command again, for a process died. Then the run goes on without
-    --resume, but only if it is this very run: the first start may have died early, or of being refused here."""
+    restarted: torchrun --max_restarts has started the same command again, for a process died after it had begun this run.
+    Then the run goes on, whatever the flags say. If none had, the first start died early, or of being refused here."""
     files, recorded = nano.checkpoints(out), settings(out)
     other = other_settings(with_init(cfg, cfg.resume), recorded) if recorded else ["origin"]
     if files and restarted and not other:
@@ -495,7 +495,10 @@ def check_ranks(model, rt, step):
 def occupy(cfg, rt, *sources):
     """Take cfg.out for this run -> (the lock, to be kept; whether the run that is there goes on)."""
     locked = infra.lock(cfg.out) if rt.rank == 0 else None
-    restarted = all_sum(rt, rt.restarts)[0] > 0  # each machine counts its own
+    restarted, job, began = all_sum(rt, rt.restarts)[0] > 0, infra.jobs(rt), ""  # each machine counts its own restarts
+    with contextlib.suppress(OSError):
+        began = (Path(cfg.out) / ".job").read_text(encoding="utf-8")
+    restarted = restarted and bool(set(job) & set(began.splitlines()))
     return locked, on_rank_0(rt, claim, Path(cfg.out), cfg, restarted, sources)
 
 
@@ -556,10 +559,11 @@ def start(cfg, rt, model, extra, locked, stage, replica, lora=None, **more):
                          f"(a demonstration: --tp_same_seed=ignore)")
     if run.step > cfg.steps:
         raise SystemExit(f"--steps={cfg.steps}: {out} stands at step {run.step}: as many or more expected")
-    run.log = Log(out, cfg.steps, run.step, cfg.wandb, dataclasses.asdict(cfg), quiet=rt.rank > 0)
+    run.log, job = Log(out, cfg.steps, run.step, cfg.wandb, dataclasses.asdict(cfg), quiet=rt.rank > 0), infra.jobs(rt)
     if rt.rank == 0:
         for f in nano.checkpoints(out) if not extra else ():  # --overwrite; only now: an error above costs nothing
             f.unlink()
+        (out / ".job").write_text("\n".join(job), encoding="utf-8")  # who may go on with it after a restart
         # without the flags: repeating the run deletes nothing
         infra.write_json(out / "config.json", dataclasses.asdict(cfg) | dict(resume=False, overwrite=False))
     if complaints:
@@ -661,7 +665,8 @@ def main(cfg):
     gc.collect(), gc.freeze()  # the collector would walk all of torch's objects again and again
     logged = time.perf_counter()
     start = logged - run.seconds
-    begun, since, waited, forwards, loss, bad, stopping = run.step, run.step, 0.0, [], math.nan, 0, False
+    begun, since, waited, forwards, bad, stopping = run.step, run.step, 0.0, [], 0, False
+    loss = run.monitor.get("loss", math.nan)
     with Stop() as stop:
         while run.step < cfg.steps and not stopping:
             asked = time.perf_counter()
@@ -673,6 +678,7 @@ def main(cfg):
             norm = float(clip_grad_norm(run.model, cfg.grad_clip, rt))  # the step's one wait for the device
             # every rank must decide alike, so all decide by sums: of the replicas' losses, and of who has got a signal
             loss, stopping = all_sum(rt, float(loss) / rt.tp_size, stop.signal is not None)
+            run.monitor["loss"] = loss
             bad = 0 if update(run, loss, norm, lr) else bad + 1
             if bad == 10:
                 raise Diverged(f"step {run.step + 1}: 10 steps in a row were not finite; --resume goes on from "
@@ -762,6 +768,8 @@ def changed(cfg, rt, flag, change, tokens=0):
         result = dataclasses.replace(cfg, **change)
         result = dataclasses.replace(result, steps=round(tokens / result.batch_tokens)) if tokens else result
         check(result, rt)
+        if rt.tp_size > 1 and not infra.divides(rt.tp_size, result):
+            raise ValueError(f"--tp={cfg.tp}: a divisor of the KV heads, the FFN and the vocabulary expected")
         if tokens and abs(result.steps * result.batch_tokens - tokens) > 0.02 * tokens:
             raise ValueError(f"no whole number of steps makes {tokens:,} tokens")
         return result
@@ -786,10 +794,11 @@ def experiment(cfg, name):
         with contextlib.redirect_stdout(io.StringIO()):
             try:
                 if "stopped" in main(cfg):
-                    raise SystemExit(f"{cfg.out}: stopped; the same command goes on from there")
+                    raise SystemExit(f"{cfg.out}: stopped; the same command{' without --overwrite' * cfg.overwrite} goes on "
+                                     f"from there")
             except Diverged as e:
-                print(f"{name}: {str(e).partition(';')[0]}", file=sys.stderr)
                 if not dist.is_initialized() or dist.get_rank() == 0:
+                    print(f"{name}: {str(e).partition(';')[0]}", file=sys.stderr)
                     with log.open("a", encoding="utf-8") as f:
                         f.write(json.dumps(dict(final=True, val_bpb={})) + "\n")
         gc.unfreeze()  # main has frozen its run too: else none of them would ever leave the memory
@@ -809,6 +818,7 @@ def ablate(cfg, rt):
     if cfg.match not in ("", "params") or cfg.seeds < 1:
         raise SystemExit(f"--match={cfg.match}, --seeds={cfg.seeds}: params or nothing, and at least 1 expected")
     cfg = dataclasses.replace(cfg, out="out/ablate" if cfg.out == Config.out else cfg.out)
+    locked = infra.lock(cfg.out) if rt.rank == 0 else None  # all of it is this command's
     shape = lambda c: dataclasses.replace(nano.shape_of(c), vocab_size=c.vocab_size or data.get_tokenizer(c.tokenizer).vocab_size)
     size, runs, result = nano.num_params(shape(cfg)), {"baseline": cfg}, {}
     fixed = NOT_THE_EXPERIMENT | {"seed", "steps", "batch_tokens", "init"}
@@ -844,6 +854,8 @@ def ablate(cfg, rt):
         print(f"{name:28}{result[name]['params']:12,}{result[name]['kv_bytes_per_token']:11,}{result[name]['tok_per_s']:9,.0f}"
               + "".join(f"{v:9.4f}" for v in bpb.values()) + f"   {gap:+.4f} ± {noise:.4f}  {verdict}" * (name != "baseline"))
     infra.write_json(Path(cfg.out) / "ablate.json", infra.finite(result))
+    if locked:
+        locked.close()
     return result
 
 
@@ -851,6 +863,7 @@ def sweep(cfg, rt):
     """All combinations of the values, at equal tokens, and the best of each budget; with several budgets a fit of the power law
     best = a · FLOPs^b of learning rate and batch, as the playbook takes it from DeepSeek (arXiv 2401.02954)."""
     cfg = dataclasses.replace(cfg, out="out/sweep" if cfg.out == Config.out else cfg.out)
+    locked = infra.lock(cfg.out) if rt.rank == 0 else None  # all of it is this command's
     grid = values_of("sweep", cfg.sweep, ["tokens"])
     if "steps" in grid or min(grid.get("batch_tokens", [1]) + grid.get("tokens", [1])) < 1:
         raise SystemExit(f"--sweep={cfg.sweep}: tokens instead of steps, and tokens and batch_tokens of 1 or more expected")
@@ -873,6 +886,8 @@ def sweep(cfg, rt):
         print(f"best {k} = {fits[k][0]:.4g} * FLOPs^{b:.3f}, from {len(best)} budgets"
               + " (two points: no test of it)" * (len(best) == 2))
     infra.write_json(Path(cfg.out) / "sweep.json", infra.finite(dict(table=table, best=best, fits=fits)))
+    if locked:
+        locked.close()
     return dict(table=table, best=best, fits=fits)
 
 

@@ -1,6 +1,7 @@
 """Ablations, sweeps and curves: one change at a time, paired by seed, verdicts that know their noise, nothing run twice."""
-import io, json, math, random, sys
+import io, json, math, multiprocessing, random, sys, time
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -290,3 +291,34 @@ def test_rows_and_rotation_can_be_compared_from_a_checkpoint(cfg, monkeypatch):
     train.main(cfg(out="out/base"))
     result = train.main(cfg(init="out/base", ablate="rope_theta=20000;max_position_embeddings=64"))
     assert len(result) == 3 and all(row["gap"] for name, row in result.items() if name != "baseline")
+
+
+def test_what_tp_forbids_is_said_before_anything_is_trained(cfg):
+    rt = SimpleNamespace(tp_size=2, dp_size=1)
+    with pytest.raises(SystemExit, match="--ablate: num_key_value_heads=1: --tp=2: a divisor"):
+        train.changed(cfg(tp=2), rt, "ablate", dict(num_key_value_heads=1))
+    assert train.changed(cfg(tp=2), rt, "ablate", dict(num_key_value_heads=4)).num_key_value_heads == 4
+
+
+def test_a_stopped_experiment_says_how_to_go_on(cfg, monkeypatch):
+    monkeypatch.setattr(train, "main", lambda c, real=train.main: real(c) if c.ablate else {"stopped": "SIGTERM"})
+    for overwrite, text in ((False, "the same command goes on"), (True, "the same command without --overwrite goes on")):
+        with pytest.raises(SystemExit, match=text):
+            train.main(cfg(ablate="qk_norm=true", overwrite=overwrite))
+
+
+def held(out):
+    file = infra.lock(out)
+    time.sleep(20), file.close()
+
+
+def test_an_experiment_belongs_to_one_command(cfg):
+    other = multiprocessing.get_context("fork").Process(target=held, args=("out/sweep",))
+    other.start()
+    try:
+        while not (Path("out/sweep/.lock").exists() and Path("out/sweep/.lock").read_text()):
+            time.sleep(0.01)
+        with pytest.raises(SystemExit, match="out/sweep: process .* is writing here"):
+            train.main(cfg(sweep="lr=1e-3"))
+    finally:
+        other.kill(), other.join()

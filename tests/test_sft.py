@@ -873,7 +873,7 @@ def test_adapters_need_a_checkpoint_and_a_resume_the_same_kind_of_run(config, mo
     one_line(sft.main, config("none", init="", lora_rank=2), match="--lora_rank: a checkpoint to adapt expected")
     whole, adapters = config("whole"), config("adapters", lora_rank=2)
     stopped_run(whole, 2), stopped_run(adapters, 2)
-    one_line(sft.main, resumed(whole, lora_rank=2), match="--resume: .*whole holds a whole model: --lora_rank 0")
+    one_line(sft.main, resumed(whole, lora_rank=2), match="--resume: .*whole holds a whole model: --lora_rank=0, without --merge,")
     one_line(sft.main, resumed(adapters, lora_rank=0), match="--resume: .*adapters holds adapters: --lora_rank")
 
 

@@ -2,7 +2,7 @@
 
 What must survive is the run itself, bit for bit: each test compares with the same run, on the same layout, undisturbed.
 """
-import contextlib, dataclasses, gc, io, json, mmap, os, pickle, random, re, resource, signal, subprocess, sys, time, zipfile
+import contextlib, dataclasses, gc, io, json, math, mmap, os, pickle, random, re, resource, signal, subprocess, sys, time, zipfile
 from pathlib import Path
 
 import pytest
@@ -372,6 +372,22 @@ def test_a_restart_still_overwrites_the_old_run_if_the_first_start_died_before_i
     train.main(dataclasses.replace(cfg, lr=1e-3, overwrite=True))
     train.main(config("alone", "from scratch", steps=4, lr=1e-3))
     assert equal(weights(cfg.out), weights(config("alone", "from scratch").out))
+
+
+def test_a_restart_goes_on_with_no_run_of_another_job(config, monkeypatch):
+    """That it is this very run does not help: the first start was refused, or died before it had begun to overwrite it."""
+    cfg = config("alone", "other job", steps=4)
+    train.main(cfg)
+    (Path(cfg.out) / ".job").write_text("another host 1 2")
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    with pytest.raises(SystemExit, match="holds this very run"):
+        train.main(cfg)
+    monkeypatch.setattr(train, "save", lambda run, save=train.save: saved.append(run.step) or save(run))
+    saved = []
+    train.main(dataclasses.replace(cfg, overwrite=True))
+    assert saved == [4] and (Path(cfg.out) / ".job").read_text() != "another host 1 2"
+    monkeypatch.setattr(train, "forward_backward", None)                # nothing is trained anew by the job that has begun it
+    assert math.isfinite(train.main(dataclasses.replace(cfg, overwrite=True))["loss"])
 
 
 # A script that trains, but misbehaves where its first word says; markers beside it tell what has happened already.

@@ -322,7 +322,7 @@ def test_a_run_leaves_its_configuration_and_a_loadable_model(reference):
     m, extra = nano.load_checkpoint(out)
     assert m.config.vocab_size == 320 and m.config.hidden_size == 32 and extra["tokenizer"] == "bytes" and extra["stage"] == "base"
     assert extra["step"] == 20 and extra["consumed_samples"] == 160 and extra["train_config"] == dataclasses.asdict(cfg) | {"vocab_size": 320}
-    assert sorted(p.name for p in out.iterdir()) == [".lock", "ckpt_00000020.pt", "config.json", "metrics.jsonl"]
+    assert sorted(p.name for p in out.iterdir()) == [".job", ".lock", "ckpt_00000020.pt", "config.json", "metrics.jsonl"]
 
 
 def test_same_seed_same_weights_bit_for_bit_and_another_seed_others(reference, config):
@@ -850,3 +850,10 @@ def test_a_reader_who_leaves_does_not_take_the_end_of_a_run_with_him(config, mon
         raise BrokenPipeError
     monkeypatch.setattr(train, "report", report)
     assert train.main(config(steps=1))["step"] == 1
+
+
+def test_a_finished_run_that_is_resumed_keeps_its_last_loss(config):
+    cfg = config(steps=3)
+    first = train.main(cfg)["loss"]
+    train.main(dataclasses.replace(cfg, resume=True))
+    assert rows(cfg)[-1]["final"] and rows(cfg)[-1]["loss"] == first
