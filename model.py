@@ -885,6 +885,7 @@ def hf_config(path):
 
 
 def hf_fields(path):
+    """hf_config's work; what broken values raise is left to it."""
     def refuse(name, value, expected):
         raise SystemExit(f"{path}: {name}={json.dumps(value)}: {expected} expected")
     c = json.loads(Path(path).read_text(encoding="utf-8"))
