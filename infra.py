@@ -502,7 +502,7 @@ class Stop:
     """`with Stop() as stop:` SIGINT, SIGTERM and SIGHUP (a closed terminal) only set stop.signal, so that the step is finished
     and saved.
 
-    A second signal interrupts at once. Outside the main thread signals cannot be caught, and nothing is changed.
+    A second SIGINT or SIGTERM interrupts at once. Outside the main thread signals cannot be caught, and nothing is changed.
     """
     def __enter__(self):
         self.signal, self.old = None, {}
@@ -1168,8 +1168,8 @@ def main(cfg):
         rows = probe(cfg, rt, stop)
     if cfg.json and rt.rank == 0:
         try:
-            write_json(cfg.json, dict(machine=rt.name, device=rt.device.type, date=date, torch=torch.__version__,
-                                       rows=[finite(r) for r in rows]))
+            write_json(cfg.json, finite(dict(machine=rt.name, device=rt.device.type, date=date, torch=torch.__version__,
+                                             rows=rows)))
         except OSError as e:
             raise SystemExit(f"--json={cfg.json}: {e.strerror}: a file in a writable directory expected") from None
     failed = [r["what"].strip() for r in rows if r["verdict"] == "FAIL"]
