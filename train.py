@@ -476,7 +476,8 @@ def check_ranks(model, rt, step):
         """256 values from all over it (embeddings of tokens that never come, in the first rows of any shard, are driven to one
         point), and the sum of its bits as integers, which is exact whatever the order."""
         p = p.detach().float().flatten()
-        return torch.cat((p[:: max(1, len(p) // 256)].double(), p.view(torch.int32).sum()[None].double())).cpu()
+        values, bits = p[:: max(1, len(p) // 256)].cpu(), p.view(torch.int32).sum().cpu()
+        return torch.cat((values.double(), bits[None].double()))  # on the CPU: Apple's GPUs have no float64
     complaints, steps = [], all_gather(rt, torch.tensor([step]))
     if any(int(s) != step for s in steps):
         complaints.append(f"the ranks stand at steps {[int(s) for s in steps]}: one --out that all of them can read expected")
