@@ -254,12 +254,15 @@ def yarn(inverse, c):
 def attend(q, k, v, mask):
     """softmax(q kᵀ / √D) v. q (B, H, T, D); k, v (B, KV, S, D), the queries being the last T of S places. `mask`:
 
-    None: plain causal. Bool (B or 1, 1, T, S), True = visible: torch's SDPA. Float, 0 or -inf: `attend_by_hand`.
+    None: plain causal. Bool (B or 1, 1, T, S), True = visible: torch's SDPA. Float, 0 or -inf: SDPA on GPUs, on CPUs
+    `attend_by_hand`.
     """
-    H, T, KV = q.shape[1], q.shape[2], k.shape[1]
-    if mask is not None and mask.is_floating_point():
+    (B, H, T, D), KV = q.shape, k.shape[1]
+    if mask is not None and mask.is_floating_point() and q.is_cpu:
         return attend_by_hand(q, k, v, mask)
-    if mask is not None and q.is_cuda and KV != H:  # the kernel that takes masks has no notion of grouped heads
+    if q.is_cuda and KV != H and mask is not None and T == 1:  # decoding: a group's heads are queries of one
+        return attend(q.reshape(B, KV, -1, D), k, v, mask.repeat(1, 1, H // KV, 1)).reshape(B, H, 1, -1)
+    if q.is_cuda and KV != H and (mask is not None or q.dtype == torch.float32):  # no kernel groups heads then
         k, v = k.repeat_interleave(H // KV, dim=1), v.repeat_interleave(H // KV, dim=1)
     return F.scaled_dot_product_attention(q.to(k.dtype), k, v, attn_mask=mask, is_causal=mask is None and T > 1,
                                           enable_gqa=k.shape[1] != H).to(q.dtype)

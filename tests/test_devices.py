@@ -187,3 +187,22 @@ def test_a_device_computes_what_the_cpu_does(device, variant, dtype):
         made = nano.generate(m, prompts, 6, temperature=0) if dtype == torch.float32 else ()
         results.append(found + [sum(logps) for _, logps in made])
     assert results[0] == pytest.approx(results[1], rel=1e-4 if dtype == torch.float32 else 0.03)
+
+
+def test_decoding_copies_no_key_for_the_heads_that_share_it(device):
+    model = moved(random_model(vocab_size=64, num_key_value_heads=1), device)
+    nano.generate(model, [[1] * 20] * 3, 5)
+    kept = [shape[:-2] for _, _, shape in device.made if len(shape) > 3 and shape[-1] == 32 and shape[-2] > 20]  # S x D
+    assert kept and max(map(math.prod, kept)) == 3
+
+
+@pytest.mark.parametrize("dtype, grouped", [(torch.float32, False), (torch.bfloat16, True)])
+def test_float32_never_meets_the_kernel_that_keeps_all_scores(device, monkeypatch, dtype, grouped):
+    """With grouped heads in float32 (or on a T4) SDPA has none but that one."""
+    real, seen = F.scaled_dot_product_attention, []
+    spy = lambda *args, **how: seen.append(how["enable_gqa"]) or real(*args, **how)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
+    model = moved(random_model(vocab_size=64), device)
+    model.compute_dtype = dtype
+    model(torch.ones(2, 8, dtype=torch.long, device="cuda"))
+    assert set(seen) == {grouped}
