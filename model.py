@@ -503,8 +503,10 @@ class Transformer(nn.Module):
         by_hand = x.device.type == "cpu" and torch.is_grad_enabled() and T <= 1024  # beyond, T x T scores fill the RAM
         if not by_hand and doc_ids is None and not 0 < window < T and not 0 < chunk < T:
             return None, None
-        masks = visible(T, x.device, doc_ids, window, chunk)[:, None], visible(T, x.device, doc_ids)[:, None]
-        return tuple(as_bias(m, x.dtype) for m in masks) if by_hand else masks
+        made = {limits: visible(T, x.device, doc_ids, *limits)[:, None] for limits in ((window, chunk), (0, 0))}
+        if by_hand or x.is_cuda:  # there SDPA would make a float mask of a bool one in each layer, and keep all of them
+            made = {limits: as_bias(m, x.dtype) for limits, m in made.items()}
+        return made[window, chunk], made[0, 0]
 
     def own_logits(self, x):
         """(B, T, this rank's part of V), float32."""
@@ -573,7 +575,7 @@ class Transformer(nn.Module):
         if chunk:  # counted from each row's first token, before which there is padding, in chunks of its own
             part = (place - (at - positions)[:, -1:]) // chunk  # (B, S)
             near = near & (part[:, at, None] == part[:, None])[:, None]
-        if ids.device.type == "cpu" and ids.shape[1] <= 1024:
+        if ids.is_cuda or ids.is_cpu and ids.shape[1] <= 1024:
             near, mask = as_bias(near, cache[0][0].dtype), as_bias(mask, cache[0][0].dtype)
         for layer, stored in zip(self.layers, cache):
             x = layer(x, rope, (near, mask), (*stored, at))

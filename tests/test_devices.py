@@ -196,6 +196,17 @@ def test_decoding_copies_no_key_for_the_heads_that_share_it(device):
     assert kept and max(map(math.prod, kept)) == 3
 
 
+@pytest.mark.parametrize("layers", [1, 3])
+def test_layers_share_one_mask(device, layers):
+    model, T = moved(random_model(vocab_size=64, num_hidden_layers=layers), device), 24
+    ids = torch.ones(2, T, dtype=torch.long, device="cuda")
+    near, every = model.masks(model.embed_tokens(ids, torch.bfloat16), ids)
+    assert near is every and every.dtype == torch.bfloat16
+    device.made.clear()
+    model(ids, ids, ids)[0].backward()
+    assert sum(name == "aten::masked_fill_" and shape == (2, 1, T, T) for name, _, shape in device.made) == 1
+
+
 @pytest.mark.parametrize("dtype, grouped", [(torch.float32, False), (torch.bfloat16, True)])
 def test_float32_never_meets_the_kernel_that_keeps_all_scores(device, monkeypatch, dtype, grouped):
     """With grouped heads in float32 (or on a T4) SDPA has none but that one."""
