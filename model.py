@@ -650,7 +650,8 @@ def inference_copy(model):
     """The model with its weights in compute_dtype, so that decoding does not cast them anew at every token."""
     if all(p.dtype == model.compute_dtype for p in model.parameters()):
         return model
-    return copy.deepcopy(model, {id(model.tp): model.tp}).to(model.compute_dtype)  # a process group has no copies
+    weights = {id(p): nn.Parameter(p.detach().to(model.compute_dtype, copy=True)) for p in model.parameters()}
+    return copy.deepcopy(model, weights | {id(model.tp): model.tp})  # none in float32; a process group has no copies
 
 
 def sample(logits, u, temperature, top_k, top_p):

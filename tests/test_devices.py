@@ -217,3 +217,12 @@ def test_float32_never_meets_the_kernel_that_keeps_all_scores(device, monkeypatc
     model.compute_dtype = dtype
     model(torch.ones(2, 8, dtype=torch.long, device="cuda"))
     assert set(seen) == {grouped}
+
+
+def test_the_sampler_is_not_copied_in_float32(device):
+    model = moved(random_model(vocab_size=64), device)
+    model.compute_dtype = torch.bfloat16
+    device.made.clear()
+    sampler = nano.inference_copy(model)
+    assert [{p.dtype for p in m.parameters()} for m in (sampler, model)] == [{torch.bfloat16}, {torch.float32}]
+    assert not {name for name, dtype, _ in device.made if dtype == torch.float32} & {"aten::clone", "aten::empty_like"}
