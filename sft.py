@@ -198,13 +198,13 @@ def learn_pairs(run, batch):
 @torch.no_grad()
 def logp_sums(model, rows, rt, places=16384):
     """rows, a list of (ids, mask) -> (n,) log-probs summed over their trained tokens, on the CPU; replicas share the work.
-    The forward pass is that of training (which on CPUs has another attention), so that a ratio to it can be exactly 1."""
+    On CPUs the forward pass is that of training, which has its own attention there, so that a ratio can be just 1."""
     sums, order = torch.zeros(len(rows)), sorted(range(len(rows)), key=lambda i: len(rows[i][0]))[rt.dp_rank::rt.dp_size]
     while order:
         T = len(rows[order[-1]][0])
         some, order = order[-max(1, places // T):], order[:-max(1, places // T)]
         ids, targets, _ = data.chat_batch([[rows[i]] for i in some], T)
-        with torch.enable_grad():
+        with torch.set_grad_enabled(rt.device.type == "cpu"):  # elsewhere it would only keep what a backward pass needs
             logps = model(*train.to_device(rt, ids), None, *train.to_device(rt, targets), reduction="none")
         sums[some] = logps.detach().sum(1).cpu()
     return sum(gather(rt, sums)) / rt.tp_size

@@ -226,3 +226,11 @@ def test_the_sampler_is_not_copied_in_float32(device):
     sampler = nano.inference_copy(model)
     assert [{p.dtype for p in m.parameters()} for m in (sampler, model)] == [{torch.bfloat16}, {torch.float32}]
     assert not {name for name, dtype, _ in device.made if dtype == torch.float32} & {"aten::clone", "aten::empty_like"}
+
+
+def test_log_probs_keep_nothing_for_a_backward_pass(device):
+    model, seen = random_model(), []
+    model.register_forward_pre_hook(lambda *_: seen.append(torch.is_grad_enabled()))
+    rts = [SimpleNamespace(**vars(RT), device=torch.device(kind)) for kind in ("cpu", "cuda")]
+    sums = [sft.logp_sums(model.to(rt.device), [([1, 2, 3], [0, 1, 1])], rt) for rt in rts]
+    assert seen == [True, False] and torch.allclose(*sums)
