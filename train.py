@@ -189,9 +189,10 @@ def load_optimizer_state(model, optimizers, saved):
 def evaluate(model, sources, cfg, rt, max_tokens=2**17):
     """{source: (nats per token, bits per byte)} on held-out documents: the same rows every time, no random numbers."""
     T, result = cfg.max_position_embeddings, {}
+    rows = min(max(1, 16384 // T), cfg.micro_batch or 16384)  # of a pass: no more logits than in training
     for s in sources:
         nll, count = 0.0, 0
-        for i, (ids, targets, docs) in enumerate(data.val_batches(s, T, max(1, 16384 // T), limit=max_tokens // T)):
+        for i, (ids, targets, docs) in enumerate(data.val_batches(s, T, rows, limit=max_tokens // T)):
             if i % rt.dp_size == rt.dp_rank:  # replicas share the work
                 count += int((targets != -100).sum())
                 docs = docs if cfg.doc_mask and docs.any() else None

@@ -273,6 +273,15 @@ def test_bits_per_byte_equal_a_computation_by_hand_document_by_document(source):
     assert bpb == pytest.approx(total / counted / math.log(2) * len(tokens) / text_bytes, rel=1e-5)
 
 
+def test_evaluation_takes_no_more_rows_at_a_time_than_training(source):
+    m, seen, scores = small_model(vocab_size=320), [], []
+    m.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+    for rows in (0, 3):
+        cfg = train.Config(max_position_embeddings=32, micro_batch=rows)
+        scores.append(train.evaluate(m, [source], cfg, CPU)[source.name])
+    assert scores[0] == pytest.approx(scores[1], rel=1e-6) and seen[0] > 3 == max(seen[1:])
+
+
 def test_evaluation_touches_neither_random_numbers_nor_the_model(source):
     m = small_model(vocab_size=320)
     before, state = {k: v.clone() for k, v in m.state_dict().items()}, torch.get_rng_state()
