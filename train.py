@@ -446,6 +446,7 @@ def ready(model, cfg, rt):
     """The model, set to the dtype of the matmuls and compiled if that is wanted."""
     model.compute_dtype = rt.dtype
     if cfg.compile:
+        torch._dynamo.config.recompile_limit = 64  # RoPE, mask, gradients, rows: a graph for each mix; it gave up at 8
         options = nano.CPU_COMPILE if rt.device.type == "cpu" else None
         for layer in model.layers:  # one block compiled is all blocks compiled, and parameter names stay as they are
             layer.compile(options=options)

@@ -1,6 +1,7 @@
 """The scripts on a GPU that is none: tensors stay where they are, but those made on or moved to "cuda" (or "mps") say
 they are there, whoever mixes them with others gets the error that a GPU would raise, and the code for GPUs runs."""
 import copy, json, math, time
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -234,3 +235,23 @@ def test_log_probs_keep_nothing_for_a_backward_pass(device):
     rts = [SimpleNamespace(**vars(RT), device=torch.device(kind)) for kind in ("cpu", "cuda")]
     sums = [sft.logp_sums(model.to(rt.device), [([1, 2, 3], [0, 1, 1])], rt) for rt in rts]
     assert seen == [True, False] and torch.allclose(*sums)
+
+
+def test_compiled_blocks_stay_compiled(monkeypatch):
+    """On a GPU a block has a graph with a mask and one without, with RoPE and without, with gradients and without, for
+    a number of rows and for any: more than torch allows, and those beyond its limit would run as they are."""
+    monkeypatch.setattr(torch._dynamo.config, "recompile_limit", 8)
+    monkeypatch.setattr(torch._dynamo.config, "fail_on_recompile_limit_hit", True)
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=lambda graph, inputs, **_: graph.forward))
+    monkeypatch.setattr(nano.Transformer, "masks", lambda self, x, docs: (None, None) if docs is None else 2 * [
+        nano.as_bias(nano.visible(x.shape[1], x.device, docs)[:, None], x.dtype)])  # as on a GPU
+    torch._dynamo.reset()
+    cfg, rt = train.Config(compile=True), SimpleNamespace(**vars(RT), device=torch.device("cpu"), dtype=torch.float32)
+    model = train.ready(random_model(num_hidden_layers=2, no_rope_layer_interval=2), cfg, rt)
+    ids = torch.ones(8, 32, dtype=torch.long)
+    for rows in (8, 5):
+        for docs in (None, ids[:rows]):
+            for grad in (True, False):
+                with torch.set_grad_enabled(grad):
+                    model(ids[:rows], docs, ids[:rows])
+    torch._dynamo.reset()
