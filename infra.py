@@ -61,10 +61,8 @@ def _config_file(path):
         if not isinstance(keys, dict):
             raise ValueError("not an object of keys and values")
         return keys
-    except OSError as e:
-        raise ValueError(f"--config={path}: {e.strerror}: a .toml or .json file expected") from None
-    except ValueError as e:
-        raise ValueError(f"{path}: {e}: TOML (or the config.json of a run) expected") from None
+    except (OSError, ValueError) as e:
+        raise ValueError(f"--config={path}: {one_line(e)}: TOML (or the config.json of a run) expected") from None
 
 
 def _comments(Config):
@@ -89,24 +87,25 @@ def cli(Config, presets={}, argv=None):
     """Command line -> Config. Order of precedence: field default < preset < --config file < flag.
 
     Config: a dataclass of int, float, bool and str fields with defaults; a field's trailing comment is its help.
-    presets: {name: {field: value}}, chosen by a bare word anywhere; a bare word that is a path means --init.
-    Unknown keys and unreadable values end the program with one line and status 2.
+    presets: {name: {field: value}}, chosen by a bare word anywhere, or by `preset` as a flag or in the file; a bare word that
+    is a path means --init. Unknown keys and unreadable values end the program with one line and status 2.
     """
-    argv = list(sys.argv[1:] if argv is None else argv)
-    program = Path(sys.argv[0]).name
-    kinds = get_type_hints(Config)
-    fields = [f.name for f in dataclasses.fields(Config)]
-    flags, preset, files = {}, {}, {}
+    argv, program = list(sys.argv[1:] if argv is None else argv), Path(sys.argv[0]).name
+    kinds = get_type_hints(Config) | {"config": str} | ({"preset": str} if presets else {})
+    flags, given = {}, {}
 
     def check(key, where):
-        if key not in fields:
-            close = difflib.get_close_matches(key, fields, 1)
-            raise ValueError(f"{where}: unknown key" + (f", did you mean {close[0]}?" if close else "; --help lists them"))
+        if key not in kinds:
+            close = difflib.get_close_matches(key, kinds, 1)
+            raise ValueError(f"{where}{key}: unknown key" + (f", did you mean {close[0]}?" if close else "; --help lists them"))
 
-    def named(name, where):
-        if name not in presets:
-            raise ValueError(f"{where}={name}: one of {', '.join(presets)} expected")
-        return presets[name]
+    def next_word(key):
+        """The value of `--key value`; a switch never takes the next word, so `--compile tiny` keeps its preset."""
+        if kinds[key] is bool or getattr(Config, key, None) == "off":
+            return "true" if kinds[key] is bool else "on"
+        if not argv or argv[0].startswith("--"):
+            raise ValueError(f"--{key}: a value expected: --{key}=...")
+        return argv.pop(0)
 
     try:
         while argv:
@@ -114,46 +113,31 @@ def cli(Config, presets={}, argv=None):
             if word in ("-h", "--help"):
                 _help(Config, presets, program)
                 raise SystemExit(0)
-            if not word.startswith("--"):
-                if word in presets:
-                    preset = presets[word]
-                elif "init" in fields and Path(word).exists():
-                    flags["init"] = word
-                else:
-                    known = f"no such preset or checkpoint: one of {', '.join(presets)}" if presets else "--key=value"
-                    raise ValueError(f"{word}: {known} expected")
-                continue
-            key, eq, value = word[2:].partition("=")
-            key = key.replace("-", "_")
-            if key != "config" and not (key == "preset" and presets):
-                check(key, f"--{key}")
-            if not eq:  # `--key value`; a switch never takes the next word, so `--compile tiny` keeps its preset
-                if kinds.get(key) is bool or getattr(Config, key, None) == "off":
-                    value = "true" if kinds[key] is bool else "on"
-                elif argv and not argv[0].startswith("--"):
-                    value = argv.pop(0)
-                else:
-                    raise ValueError(f"--{key}: a value expected: --{key}=...")
-            if key == "preset":  # --preset=NAME is the bare word
-                preset = named(value, "--preset")
-                continue
-            if key == "config":
-                files = _config_file(value)
-                if presets and "preset" in files:
-                    theirs = named(files.pop("preset"), f"{value}: preset")
-                    preset = preset or theirs
-                for name in files:
-                    check(name, f"{value}: {name}")
-            flags[key] = value
-        path = flags.pop("config", "")
-        result = {}
-        for source, where in ((preset, "preset "), (files, f"{path}: "), (flags, "--")):
-            for key, value in source.items():
+            if word.startswith("--"):
+                key, eq, value = word[2:].partition("=")
+                key = key.replace("-", "_")
+                check(key, "--")
+                flags[key] = value if eq else next_word(key)
+            elif word in presets:
+                flags["preset"] = word
+            elif "init" in kinds and Path(word).exists():
+                flags["init"] = word
+            else:
+                known = f"no such preset or checkpoint: one of {', '.join(presets)}" if presets else "--key=value"
+                raise ValueError(f"{word}: {known} expected")
+        path = flags.pop("config", None)
+        del kinds["config"]  # a file names no other
+        for where, keys in ((f"{path}: ", {} if path is None else _config_file(path)), ("--", flags)):
+            for key, value in keys.items():
+                check(key, where)
                 try:
-                    result[key] = convert(value, kinds[key])
+                    given[key] = convert(value, kinds[key])
                 except ValueError as e:
                     raise ValueError(f"{where}{key}: {e}") from None
-        return Config(**result)
+        preset = given.pop("preset", "") if presets else ""
+        if preset and preset not in presets:
+            raise ValueError(f"--preset={preset}: one of {', '.join(presets)} expected")
+        return Config(**presets.get(preset, {}) | given)
     except ValueError as e:
         print(f"{program}: {e}", file=sys.stderr)
         raise SystemExit(2) from None
