@@ -193,11 +193,11 @@ def _device(cfg):
     except Exception:  # torch raises anything from AssertionError to RuntimeError here
         raise SystemExit(f"--device={cfg.device}: not usable on this machine, by its process {_env('LOCAL_RANK', 0)}: "
                          f"auto, cpu, cuda (a GPU for each process) or mps expected") from None
-    if cfg.dtype not in ("auto", "float32", "bfloat16"):
+    dtypes = dict(float32=torch.float32, bfloat16=torch.bfloat16)
+    dtypes["auto"] = torch.bfloat16 if _native_bf16(device) else torch.float32
+    if cfg.dtype not in dtypes:
         raise SystemExit(f"--dtype={cfg.dtype}: auto, float32 or bfloat16 expected")
-    if cfg.dtype == "auto":
-        return device, torch.bfloat16 if _native_bf16(device) else torch.float32
-    return device, getattr(torch, cfg.dtype)
+    return device, dtypes[cfg.dtype]
 
 
 def setup(cfg):
@@ -281,20 +281,25 @@ def all_sum(rt, *numbers):
     return numbers
 
 
-def on_rank_0(rt, function, *args):
-    """function(*args), called by rank 0 alone; its result on every rank."""
-    box = [function(*args) if rt.rank == 0 else None]
-    if rt.world_size > 1:
-        dist.broadcast_object_list(box, device=torch.device("cpu"))
-    return box[0]
-
-
 def gather(rt, value, group=None):
     """What each rank has, on all of them: a list by rank."""
     everyone = [value] * rt.world_size
     if rt.world_size > 1:
         dist.all_gather_object(everyone, value, group=group)
     return everyone
+
+
+def all_gather(rt, tensor):
+    """gather for CPU tensors of one shape: their bytes alone travel, unpickled."""
+    everyone = [tensor.clone() for _ in range(rt.world_size)]
+    if rt.world_size > 1:
+        dist.all_gather(everyone, tensor)
+    return everyone
+
+
+def on_rank_0(rt, function, *args):
+    """function(*args), called by rank 0 alone; its result on every rank."""
+    return gather(rt, function(*args) if rt.rank == 0 else None)[0]
 
 
 def jobs(rt):
@@ -315,14 +320,6 @@ def in_turn(rt):
     yield
     for _ in range(2 - turn):
         all_sum(rt, 0)
-
-
-def all_gather(rt, tensor):
-    """The equally shaped CPU tensors of all ranks, a list by rank."""
-    everyone = [tensor.clone() for _ in range(rt.world_size)]
-    if rt.world_size > 1:
-        dist.all_gather(everyone, tensor)
-    return everyone
 
 
 def one_line(error):
@@ -482,22 +479,24 @@ def lock(directory):
     return file
 
 
+HANGUP = getattr(signal, "SIGHUP", None)  # the terminal has been closed; Windows has no such signal
+
+
 class Stop:
-    """`with Stop() as stop:` SIGINT, SIGTERM and SIGHUP (a closed terminal) only set stop.signal, so that the step is finished
-    and saved.
+    """`with Stop() as stop:` SIGINT, SIGTERM and SIGHUP only set stop.signal, so that the step is finished and saved.
 
     A second SIGINT or SIGTERM interrupts at once. Outside the main thread signals cannot be caught, and nothing is changed.
     """
     def __enter__(self):
-        self.signal, self.old = None, {}
+        self.signal, self.old, caught = None, {}, [signal.SIGINT, signal.SIGTERM]
+        if HANGUP and signal.getsignal(HANGUP) != signal.SIG_IGN:  # nohup has it ignored
+            caught.append(HANGUP)
         if threading.current_thread() is threading.main_thread():
-            hangup = getattr(signal, "SIGHUP", signal.SIGTERM)
-            hangup = [] if signal.getsignal(hangup) == signal.SIG_IGN else [hangup]  # nohup
-            self.old = {s: signal.signal(s, self.catch) for s in {signal.SIGINT, signal.SIGTERM, *hangup}}
+            self.old = {s: signal.signal(s, self.catch) for s in caught}
         return self
 
     def catch(self, number, frame):
-        if self.signal is not None and number != getattr(signal, "SIGHUP", None):  # a terminal that closes may say so twice
+        if self.signal is not None and number != HANGUP:  # a terminal that closes may say so twice
             raise KeyboardInterrupt
         self.signal = signal.Signals(number).name
 
