@@ -631,17 +631,18 @@ def show_row(r):
 def seconds_of(rt, call, least=0.02):
     """Seconds of one call(): the best of a second's samples, three at least, each of as many calls as fill `least` seconds."""
     wait = getattr(torch, rt.device.type).synchronize if rt.device.type in ("cuda", "mps") else lambda: None
-    now, times = time.perf_counter, []
-    call(), wait()
-    start = now()
-    call(), wait()
-    calls, end = max(1, math.ceil(least / max(1e-9, now() - start))), now() + 1
-    while len(times) < 3 or now() < end:
-        start = now()
+
+    def sample(calls):
+        start = time.perf_counter()
         for _ in range(calls):
             call()
         wait()
-        times.append((now() - start) / calls)
+        return (time.perf_counter() - start) / calls
+    sample(1)  # the first call compiles and allocates
+    calls = max(1, math.ceil(least / max(1e-9, sample(1))))
+    times, end = [], time.perf_counter() + 1
+    while len(times) < 3 or time.perf_counter() < end:
+        times.append(sample(calls))
         time.sleep(0.01)  # threads that wait for work spin; asleep, they may be placed anew
     return min(times)
 
@@ -863,13 +864,12 @@ def probe_collectives(cfg, rt, rows):
 
 def file_system(folder):
     """Type of the file system that holds `folder`: ext4, tmpfs, nfs4, ...; "" where Linux does not tell."""
-    where, longest, kind = f"{Path(folder).resolve()}/", "", ""
+    kinds, folder = {}, Path(folder).resolve()
     with contextlib.suppress(OSError):
-        for _, mount, this, *_ in map(str.split, Path("/proc/self/mounts").read_text().splitlines()):
-            mount = mount.replace("\\040", " ").rstrip("/") + "/"
-            if where.startswith(mount) and len(mount) >= len(longest):
-                longest, kind = mount, this
-    return kind
+        for line in Path("/proc/self/mounts").read_text().splitlines():
+            _, mount, kind, *_ = line.split()
+            kinds[Path(mount.replace("\\040", " "))] = kind  # of two in one place the later one is seen
+    return next((kinds[place] for place in (folder, *folder.parents) if place in kinds), "")
 
 
 def in_page_cache(path):
@@ -906,22 +906,22 @@ def scratch_file(folder, least):
 def timed_reads(path, flags, size, block, threads, ordered, seconds=0.3):
     """Threads read blocks, in order or at random places, for so long or to the end -> (bytes/s, sorted seconds of each)."""
     evict(path)
-    fd, taken, count = os.open(path, os.O_RDONLY | flags), [[] for _ in range(threads)], size // block
+    fd, count = os.open(path, os.O_RDONLY | flags), size // block
     begin = time.perf_counter()
 
     def read(t):
-        buffer, luck, at = mmap.mmap(-1, block), random.Random(t), t  # such a map is aligned, as O_DIRECT wants it
+        buffer, luck, at, taken = mmap.mmap(-1, block), random.Random(t), t, []  # such a map is aligned, as O_DIRECT wants it
         while (start := time.perf_counter()) < begin + seconds and at < count:
             os.preadv(fd, [buffer], (at if ordered else luck.randrange(count)) * block)
-            taken[t].append(time.perf_counter() - start)
+            taken.append(time.perf_counter() - start)
             at += threads * ordered
+        return taken
     try:
         with ThreadPoolExecutor(threads) as pool:
-            list(pool.map(read, range(threads)))
-        speed = sum(map(len, taken)) * block / (time.perf_counter() - begin)
+            taken = sorted(itertools.chain(*pool.map(read, range(threads))))
+        return len(taken) * block / (time.perf_counter() - begin), taken
     finally:
         os.close(fd)
-    return speed, sorted(itertools.chain(*taken))
 
 
 def probe_storage(cfg, rt, rows):
@@ -1021,8 +1021,8 @@ def probe_loader(cfg, rt, rows):
                       advice="it grows with the length of the run")
 
 
-def gpu_health(rt):
-    """Rows of what nvidia-smi tells of this GPU at work, and the names of what it does not tell."""
+def gpu_health(rt, unread):
+    """What nvidia-smi tells of this GPU at work; the names of what it does not tell are added to `unread`."""
     a = torch.randn(4096, 4096, device=rt.device, dtype=rt.dtype)
     fields = {"temperature": "temperature.gpu", "clock": "clocks.sm", "highest clock": "clocks.max.sm",
               "power cap": "power.limit", "default power cap": "power.default_limit",
@@ -1037,29 +1037,30 @@ def gpu_health(rt):
     told = {name: text.replace("Yes", "1").replace("No", "0") for name, text in answers.result().items()}
     got = {name: float(int(text, 16) if text[:2] == "0x" else text) for name, text in told.items()
            if re.fullmatch(r"0x[\da-fA-F]+|[\d.]+", text)}
-    rows = []
+    unread += [f"GPU's {name}" for name in fields if name not in got]
     if "temperature" in got:
-        rows.append(row("GPU temperature", got["temperature"], "°C", "at work", fine=got["temperature"] < 85,
-                        advice="it will throttle: airflow"))
+        yield row("GPU temperature", got["temperature"], "°C", "at work", fine=got["temperature"] < 85,
+                  advice="it will throttle: airflow")
     if {"clock", "highest clock"} <= set(got):
-        rows.append(row("GPU clock", got["clock"], "MHz", "at work", got["highest clock"], "its highest", 0.75, 0.5,
-                        "power or heat holds it down"))
+        yield row("GPU clock", got["clock"], "MHz", "at work", got["highest clock"], "its highest", 0.75, 0.5,
+                  "power or heat holds it down")
     if "throttle reasons" in got:
         names = {4: "power cap", 8: "hardware slowdown", 32: "heat", 64: "heat, by the hardware", 128: "power brake"}  # nvml.h
         active = {bit: name for bit, name in names.items() if int(got["throttle reasons"]) & bit}
-        rows.append(note("GPU throttling", ", ".join(active.values()) or "none", "FAIL" if set(active) - {4} else "PASS"))
+        yield note("GPU throttling", ", ".join(active.values()) or "none", "FAIL" if set(active) - {4} else "PASS")
     if {"power cap", "default power cap"} <= set(got):
-        rows.append(row("GPU power cap", got["power cap"], "W", "", got["default power cap"], "the default", 0.99, 0.7,
-                        "somebody lowered it: nvidia-smi -pl"))
-    rows += [row(f"GPU {name}", got[name], fine=got[name] == 0, advice="its memory is failing: reset it, replace it if they grow")
-             for name in ("uncorrected ECC errors", "row remap pending", "uncorrectable row remaps") if name in got]
-    return rows, [f"GPU's {name}" for name in fields if name not in got]
+        yield row("GPU power cap", got["power cap"], "W", "", got["default power cap"], "the default", 0.99, 0.7,
+                  "somebody lowered it: nvidia-smi -pl")
+    for name in ("uncorrected ECC errors", "row remap pending", "uncorrectable row remaps"):
+        if name in got:
+            yield row(f"GPU {name}", got[name], fine=got[name] == 0, advice="its memory is failing: reset it, replace it if they grow")
 
 
 def probe_health(cfg, rt, rows):
     """What slows a machine down without a word; and what could not be read of it."""
-    found, unread = gpu_health(rt) if rt.device.type == "cuda" else ([], [])
-    yield from found
+    unread = []
+    if rt.device.type == "cuda":
+        yield from gpu_health(rt, unread)
 
     def read(what, path, pattern="(.*)"):
         with contextlib.suppress(OSError, TypeError):
