@@ -1264,27 +1264,27 @@ def layout(p, c, memory):
 def plan(p):
     """Print what training this model takes; returns the figures."""
     import model
-    c = model.Config(**{f.name: getattr(p, f.name) for f in dataclasses.fields(model.Config)})
+    c = model.shape_of(p)
     N, T, each = model.num_params(c), c.max_position_embeddings, model.flops_per_token(c, c.max_position_embeddings)
     # what costs time: of experts those that a token meets, and no embedding that is only looked up
     active = model.num_params(c, active=True) - (0 if c.tie_word_embeddings else c.vocab_size * c.hidden_size)
     tokens, each = p.tokens or 20 * N, each - 2 * active * (p.lora_rank > 0)  # frozen weights have no gradient
     print(f"{p.preset}: {N:,} parameters, {each / 1e9:.4g} GFLOP per token ({4 if p.lora_rank else 6}N + 12LHDT, rows of {T:,}), "
           f"{each * tokens:.3g} FLOP for {tokens:.4g} tokens\n")
+    figures = dict(params=N, tokens=tokens)
     if not p.gpu and not p.why:
-        usual = type(p)()
         for knob in type(p).__annotations__:
-            if knob not in ("preset", "tokens") and getattr(p, knob) != getattr(usual, knob):
+            if knob not in ("preset", "tokens") and getattr(p, knob) != getattr(type(p), knob):
                 raise SystemExit(f"--{knob}: without --gpu this machine is measured: --gpu=h100 or another expected")
-        return dict(params=N, tokens=tokens) | plan_here(p, c, tokens)
+        return figures | plan_here(p, c, tokens)
     sheet = data_sheet(p.gpu or "h100")
     if sheet is None or not (sheet.bf16 or p.tflops):
         raise SystemExit(f"--gpu={p.gpu}: {', '.join(SHEETS)} expected; with --tflops where it has no bf16")
     peak = 1e12 * (p.tflops or sheet.bf16)
     speed = p.tok_per_s or p.mfu * peak / each
     if p.why:
-        return dict(params=N, tokens=tokens) | compass(p, N, tokens, speed)
-    return dict(params=N, tokens=tokens) | plan_time(p, active, each, tokens, speed, peak) | plan_layout(p, c, speed, sheet)
+        return figures | compass(p, N, tokens, speed)
+    return figures | plan_time(p, active, each, tokens, speed, peak) | plan_layout(p, c, speed, sheet)
 
 
 def plan_time(p, N, each, tokens, speed, peak):
@@ -1296,11 +1296,14 @@ def plan_time(p, N, each, tokens, speed, peak):
           f"({k}N + 12LHDT) of {peak / 1e12:g} TFLOP/s\n"
           f"cost        {hours:,.0f} GPU-hours, {hours * p.price:,.0f} at {p.price:g} an hour; SmolLM3's ablations and repairs "
           f"took 58 % more")
-    ways = {f"{name} at {p.mfu:.0%} of {peak / 1e12:g} TFLOP/s": flops / (p.mfu * peak) for name, flops in (
-        (f"{k}N of the rounded N", k * p.params), (f"{k}N", k * N), (f"{k}N + 12LHDT", each)) if flops}
-    ways, needed = {f"{speed:,.0f} tok/s": 1 / speed} if p.tok_per_s else ways, {}
-    for name, seconds in ways.items():
-        exact = math.ceil(seconds * tokens / (p.days * 86_400))
+    if p.tok_per_s:
+        ways = {f"{speed:,.0f} tok/s": speed}
+    else:
+        flops = {f"{k}N of the rounded N": k * p.params, f"{k}N": k * N, f"{k}N + 12LHDT": each}
+        ways = {f"{name} at {p.mfu:.0%} of {peak / 1e12:g} TFLOP/s": p.mfu * peak / n for name, n in flops.items() if n}
+    needed = {}
+    for name, rate in ways.items():
+        exact = math.ceil(tokens / rate / (p.days * 86_400))
         needed[name] = exact, 8 * -(-exact // 8)
         print(f"deadline    {exact:,} GPUs for {p.days:g} days, {needed[name][1]:,} in machines of 8, counting {name}")
     return dict(days=days, gpu_hours=hours, cost=hours * p.price, mfu_6N=by_6n, mfu=by_all, tok_per_s=speed, gpus_needed=needed)
