@@ -1461,39 +1461,47 @@ def draw(drawn, width, height=16):
             *(f"{letter}: {name}, ends at {points[-1][1]:.4g}" for letter, (name, points) in lettered)]
 
 
+def picture(found, runs, p):
+    """Draw the curves into the file p.png."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise SystemExit(f"--png={p.png}: the package matplotlib is not installed: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    figure, axes = pyplot.subplots(1, len(found), figsize=(5 * len(found), 3.6), squeeze=False, sharex=p.chain,
+                                   layout="constrained")
+    for axis, (y, drawn) in zip(axes[0], found.items()):
+        for name, points in drawn.items():
+            axis.plot(*zip(*points), label=name)
+        for d, _, begin in runs if p.chain else ():
+            axis.axvline(begin, color="0.85", zorder=0)
+            axis.text(begin, 1, Path(d).name, transform=axis.get_xaxis_transform(), fontsize=7, color="0.4", rotation=40)
+        axis.set(xlabel=p.x, ylabel=y), axis.legend(frameon=False, fontsize=8), axis.spines[["top", "right"]].set_visible(False)
+    try:
+        with atomic(p.png) as f:
+            figure.savefig(f, format="png", dpi=110)
+    except OSError as e:
+        raise SystemExit(f"--png={p.png}: {e.strerror}: a file in a writable directory expected") from None
+    print(f"wrote {p.png}")
+
+
 def plot(directories, p):
     """`python infra.py plot`: draw metrics of runs over each other -> {y: {label: points}}."""
     if not directories or p.smooth < 1 or p.width < 10:
         raise SystemExit("plot: run directories expected, --smooth of 1 or more, --width of 10 or more")
     runs, begin = [], 0
     for d in dict.fromkeys(directories):
-        runs.append((d, logged(d, p.x), begin))
-        begin += p.chain and max((at for points in runs[-1][1].values() for at, _ in points), default=0)
+        log = logged(d, p.x)
+        runs.append((d, log, begin))
+        if p.chain:
+            begin += max((at for points in log.values() for at, _ in points), default=0)
     found = {y: curves(runs, y, p) for y in p.y.split(",")}
-    for y, drawn in found.items() if not p.png else ():
-        print("\n".join([f"{y} over {p.x}", *draw(drawn, p.width), ""]))
     if p.png:
-        try:
-            import matplotlib
-        except ImportError:
-            raise SystemExit(f"--png={p.png}: the package matplotlib is not installed: pip install matplotlib") from None
-        matplotlib.use("Agg")
-        from matplotlib import pyplot
-        figure, axes = pyplot.subplots(1, len(found), figsize=(5 * len(found), 3.6), squeeze=False, sharex=p.chain,
-                                       layout="constrained")
-        for axis, (y, drawn) in zip(axes[0], found.items()):
-            for name, points in drawn.items():
-                axis.plot(*zip(*points), label=name)
-            for d, _, begin in runs if p.chain else ():
-                axis.axvline(begin, color="0.85", zorder=0)
-                axis.text(begin, 1, Path(d).name, transform=axis.get_xaxis_transform(), fontsize=7, color="0.4", rotation=40)
-            axis.set(xlabel=p.x, ylabel=y), axis.legend(frameon=False, fontsize=8), axis.spines[["top", "right"]].set_visible(False)
-        try:
-            with atomic(p.png) as f:
-                figure.savefig(f, format="png", dpi=110)
-        except OSError as e:
-            raise SystemExit(f"--png={p.png}: {e.strerror}: a file in a writable directory expected") from None
-        print(f"wrote {p.png}")
+        picture(found, runs, p)
+    else:
+        for y, drawn in found.items():
+            print("\n".join([f"{y} over {p.x}", *draw(drawn, p.width), ""]))
     return found
 
 
