@@ -679,7 +679,7 @@ def probe_matmul(cfg, rt, rows):
         try:
             found[kind] = tflops(rt, size, size, size, kind)
         except RuntimeError as e:  # fp8 where this build of torch has no kernel for it
-            yield note(f"matmul {kind}", str(e).splitlines()[0][:100])
+            yield note(f"matmul {kind}", one_line(e))
             continue
         more = dict(convention=f"{size}³", dtype=kind, square=True)
         if not cuda and kind == "bf16":
@@ -1091,10 +1091,6 @@ def probe_health(cfg, rt, rows):
         yield row("CPU time stolen by the host", stolen, "%", fine=stolen < 2, advice="the machine is shared: compare in pairs")
         yield row("CPU time used by others", busy, "%", "while this process slept", fine=busy < 10 or rt.world_size > 1,
                   advice="something else runs here: the figures below will be too low")
-    for what, file in (("CPU quota", "cpu.max"), ("memory limit", "memory.max")):
-        limit = read(f"{what} (cgroup)", f"/sys/fs/cgroup/{file}")
-        if limit:
-            yield note(what, f"{limit} (cgroup)")
     if unread:
         yield note("not readable here", ", ".join(unread))
 
@@ -1131,7 +1127,7 @@ def probe(cfg, rt, stop):
                     for r in theirs:
                         add(name, r | dict(what=f"rank {rank}: {r['what']}"))
         except Exception as e:  # a rank that has died, a full disk, no memory
-            text = f"{type(e).__name__}: {(str(e).splitlines() or [''])[0]:.150}"
+            text = f"{type(e).__name__}: {one_line(e)}"
             if name in ("storage", "loader") and getattr(e, "strerror", None):
                 text = f"{cfg.path}: {e.strerror}: a writable directory expected as --path"
             elif rt.world_size > 1:
