@@ -125,8 +125,8 @@ def load_rewards(spec):
 
 def score(run, sample):
     """Fill in sample["rewards"], {name: value or None}, and sample["reward"], their weighted sum (NaN: no function had anything
-    to say). A function that fails or returns no number has nothing to say; that is counted, and said once."""
-    values, cfg = {}, run.cfg
+    to say). A function that fails or returns no number has nothing to say; sample["complaints"], {name: why}, tell of that."""
+    cfg, values, sample["complaints"] = run.cfg, {}, {}
     for name, (function, _) in run.rewards.items():
         try:
             value = function(sample["prompt"], sample["text"], sample["answer"])
@@ -135,21 +135,20 @@ def score(run, sample):
             if value is not None and not abs(value := float(value)) < 1e30:  # nor NaN
                 raise ValueError(f"{value} is no reward")
         except (Exception, SystemExit) as e:
-            value, sample["errors"] = None, sample["errors"] + 1
-            sample["complaints"] = sample.get("complaints", {}) | {name: f"{type(e).__name__}: {data.one_line(e)}"}
+            value, sample["complaints"][name] = None, f"{type(e).__name__}: {data.one_line(e)}"
         values[name] = value
     complain(run, sample)
-    mute = bool(values) and all(v is None for v in values.values())  # the penalty alone would rank it above what is scored
-    weights = {name: weight for name, (_, weight) in run.rewards.items()}
+    parts = [run.rewards[name][1] * value for name, value in values.items() if value is not None]
+    mute = bool(run.rewards) and not parts  # the penalty alone would rank it above what is scored
     if cfg.overlong_max:
-        values["overlong"], weights["overlong"] = overlong_penalty(sample["tokens"], cfg.overlong_max, cfg.overlong_cache), 1.0
-    known = [weights[name] * v for name, v in values.items() if v is not None]
-    sample |= dict(rewards=values, reward=math.nan if mute or not known else sum(known))
+        values["overlong"] = overlong_penalty(sample["tokens"], cfg.overlong_max, cfg.overlong_cache)
+        parts.append(values["overlong"])
+    sample |= dict(rewards=values, reward=math.nan if mute or not parts else sum(parts))
 
 
 def complain(run, sample):
     """Say of each function once how it has failed."""
-    for name, why in sample.get("complaints", {}).items():
+    for name, why in sample["complaints"].items():
         if name not in run.complained:
             run.complained.add(name)
             run.log.say(f"WARNING: --rewards: {name}: {why}; such answers count as not scored by it")
@@ -248,7 +247,7 @@ def rollout(run):
         finished = ids[-1] in run.stop_ids
         text = run.tokenizer.decode(ids[:-1] if finished else ids)
         samples.append(dict(prompt=problems[i]["prompt"][-1]["content"], text=text, answer=problems[i]["answer"],
-                            tokens=len(ids), finished=finished, errors=0))
+                            tokens=len(ids), finished=finished))
         score(run, samples[-1])
         counts = finished or not cfg.mask_truncated_completions
         rows.append((prompts[i] + ids, [0] * len(prompts[i]) + [int(counts)] * len(ids)))
@@ -276,7 +275,7 @@ def summary(run, samples):
         values = [s["rewards"][name] for s in samples if s["rewards"][name] is not None]
         result[f"rewards/{name}"] = statistics.fmean(values) if values else math.nan
     return result | {
-        "reward_errors": sum(s["errors"] for s in samples),
+        "reward_errors": sum(len(s["complaints"]) for s in samples),
         "accuracy": statistics.fmean(s["finished"] and sft.is_right(s["text"], s["answer"]) for s in samples),
         "completions/mean_length": statistics.fmean(lengths), "completions/median_length": statistics.median(lengths),
         "completions/max_length": max(lengths),
@@ -344,7 +343,7 @@ def validate(run):
         scores[f"{cfg.mode} beyond {cfg.overlong_max}"] = statistics.fmean(a["tokens"] > cfg.overlong_max for a in flat)
     run.log.say(f"eval {run.step}: " + " | ".join(f"{name} {value:.{1 if 'tokens' in name else 3}f}"
                                                   for name, value in scores.items() if "cut off" not in name))
-    show(run, dict(made[0][0], prompt=run.tasks[0]["prompt"][-1]["content"], answer=run.tasks[0]["answer"], errors=0))
+    show(run, dict(made[0][0], prompt=run.tasks[0]["prompt"][-1]["content"], answer=run.tasks[0]["answer"]))
     return dict(scores=scores)
 
 
