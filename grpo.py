@@ -495,6 +495,16 @@ def headline(run):
             + f" | {rt.dp_size} data-parallel x {rt.tp_size} tensor-parallel" * (rt.world_size > 1))
 
 
+def told(m, norm):
+    """The printed line of a step, of its metrics."""
+    lengths = [m[f"completions/{k}_length"] for k in ("mean", "median", "max")]
+    return " | ".join([
+        f"reward {m['reward']:.3f}", f"accuracy {m['accuracy']:.3f}", "tokens {:.1f}, median {:.0f}, max {}".format(*lengths),
+        f"cut off {m['completions/clipped_ratio']:.0%}", f"same {m['frac_reward_zero_std']:.0%}", f"entropy {m['entropy']:.3f}",
+        *(f"{k} {m[k]:.4f}" for k in ("kl", "kl_teacher") if k in m),
+        f"grad {norm:.2f}", f"{m['rollout_seconds']:.2f} + {m['update_seconds']:.2f} s"])
+
+
 def main(cfg):
     """Train; returns the final metrics."""
     rt = infra.setup(cfg)
@@ -531,16 +541,9 @@ def main(cfg):
             metrics |= dict(zip(values, sums)) | dict(update_seconds=time.perf_counter() - begun)
             due = lambda every: run.step // every > (run.step - cfg.num_iterations) // every  # num_iterations of them at once
             if due(cfg.log_every) or run.step in (cfg.num_iterations, cfg.steps) or stopping:
-                line = f"reward {metrics['reward']:.3f} | accuracy {metrics['accuracy']:.3f}"
-                line += " | tokens {:.1f}, median {:.0f}, max {}".format(*(metrics[f"completions/{k}_length"]
-                                                                          for k in ("mean", "median", "max")))
-                line += f" | cut off {metrics['completions/clipped_ratio']:.0%} | same {metrics['frac_reward_zero_std']:.0%}"
-                line += f" | entropy {metrics['entropy']:.3f}"
-                line += "".join(f" | {k} {metrics[k]:.4f}" for k in ("kl", "kl_teacher") if k in metrics)
-                line += f" | grad {norm:.2f} | {metrics['rollout_seconds']:.2f} + {metrics['update_seconds']:.2f} s"
                 speed = batch.whole[1] / (metrics["rollout_seconds"] + metrics["update_seconds"])
-                log.row(line, step=run.step, tokens=tokens, loss=loss, lr=lr, grad_norm=norm, seconds=run.seconds,
-                        tok_per_s=speed, skipped=run.skipped, **metrics)
+                log.row(told(metrics, norm), step=run.step, tokens=tokens, loss=loss, lr=lr, grad_norm=norm,
+                        seconds=run.seconds, tok_per_s=speed, skipped=run.skipped, **metrics)
             if due(cfg.eval_every) and run.step < cfg.steps and not stopping:
                 paused = time.perf_counter()
                 log.row(step=run.step, tokens=tokens, seconds=run.seconds, **validate(run))
