@@ -11,7 +11,7 @@
 Read main() first: sample answers, score them, and make those likelier that beat the mean of their group. What is random is a
 function of (seed, number of the problem, number of the answer): a run that is resumed ends with the same bits.
 """
-import contextlib, copy, dataclasses, importlib.util, json, math, statistics, sys, time, zlib
+import contextlib, dataclasses, importlib.util, json, math, statistics, sys, time, zlib
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -47,7 +47,7 @@ class Config(Machine):
     num_iterations: int = 1        # optimizer steps on the same answers
     epsilon: float = 0.2           # from the second of them on, ratios count down to 1 - epsilon
     epsilon_high: float = 0.28     # and up to 1 + epsilon_high (DAPO's clip-higher)
-    beta: float = 0.1              # weight of the KL to the model at the start; 0 (or --teacher): no copy of it in memory
+    beta: float = 0.1              # weight of the KL to --init; 0 (or --teacher): no copy of that in memory
     mask_truncated_completions: bool = False  # answers that were cut off do not count in the loss
     # optimization
     steps: int = 100               # optimizer steps
@@ -124,8 +124,8 @@ def load_rewards(spec):
 
 
 def score(run, sample):
-    """Fill in sample["rewards"], {name: value or None}, and sample["reward"], their weighted sum (NaN: no function had anything
-    to say). A function that fails or returns no number has nothing to say; sample["complaints"], {name: why}, tell of that."""
+    """Fill in sample["rewards"], {name: value or None}, and sample["reward"], their weighted sum (NaN: no function had
+    anything to say). A function that fails or returns no number has nothing to say, and is in sample["complaints"]."""
     cfg, values, sample["complaints"] = run.cfg, {}, {}
     for name, (function, _) in run.rewards.items():
         try:
@@ -304,14 +304,15 @@ def learn(run, batch):
         rows = batch.rows[part]
         ids, targets, _ = data.chat_batch([[row] for row in rows], len(rows[-1][0]) - 1)
         ids, targets, A = train.to_device(rt, ids, targets, batch.advantages[part])
-        logp, mask, reference = run.replica(ids, None, targets, "none", cfg.temperature), targets != -100, None
+        logp, mask = run.replica(ids, None, targets, "none", cfg.temperature), targets != -100
         if first:
             batch.old.append(logp.detach())
         if run.teacher is not None:  # its preference for each sampled token: the gradient is that of the KL to it, in the mean
             A = frozen_logps(run.teacher, ids, targets, cfg.temperature) - batch.old[i]
+        reference, beta = None, 0.0
         if run.reference is not None:
-            reference = frozen_logps(run.reference, ids, targets, cfg.temperature)
-        loss, values = policy_loss(logp, batch.old[i], reference, A, mask, cfg.epsilon, cfg.epsilon_high, cfg.beta,
+            reference, beta = frozen_logps(run.reference, ids, targets, cfg.temperature), cfg.beta
+        loss, values = policy_loss(logp, batch.old[i], reference, A, mask, cfg.epsilon, cfg.epsilon_high, beta,
                                    cfg.loss_type, cfg.importance_sampling_level, cfg.max_new_tokens, batch.whole)
         (loss * rt.dp_size).backward()  # DDP takes the mean over replicas: times their number
         values["entropy"] = -batch.old[i].sum() / tokens  # the sampled tokens' mean -log p is an unbiased estimate of it
@@ -394,35 +395,27 @@ def first_of(cfg):
 
 
 def open_model(cfg, rt, resuming):
-    """-> (policy, what its checkpoint holds besides, reference or None, teacher or None). The reference is the model that the
-    run began with; it and the teacher carry the path and the crc of their files."""
-    init, model = first_of(cfg), None
-    others = {"--init": None, "--teacher": None}
-    if not init:
-        model, extra = train.new_model(nano.Config(), rt), dict(tokenizer="bytes", train_config={})
-        if cfg.beta:
-            others["--init"] = copy.deepcopy(model, {id(model.tp): model.tp})  # a process group has no copies
-            others["--init"].path = drawn = f"--seed={cfg.seed} --tp={cfg.tp}"  # which decide what is drawn
-            others["--init"].crc = zlib.crc32(drawn.encode())
-        if not resuming:
-            print("\n!!! no checkpoint in out/apo and out/sft: starting from a small model that knows nothing and will learn "
-                  "nothing here (python train.py, then python sft.py, make one that does)\n")
+    """-> (policy, what its checkpoint holds besides, reference or None, teacher or None). The reference is the checkpoint
+    that the run began with; it and the teacher carry the crc of their files."""
+    init, others = first_of(cfg), {"--init": None, "--teacher": None}
     if init or resuming:
         model, extra = nano.load_checkpoint(cfg.out if resuming else init, rt.device, rt.tp_group)
+    else:
+        model, extra = train.new_model(nano.Config(), rt), dict(tokenizer="bytes", train_config={})
+        print("\n!!! no checkpoint in out/apo and out/sft: starting from a small model that knows nothing and will "
+              "learn nothing here, without KL (python train.py, then python sft.py, make one that does)\n")
     if resuming and extra["stage"] != "grpo":
         raise SystemExit(f"--resume: {cfg.out} holds a run of stage {extra['stage']}: --init={cfg.out} and another --out "
                          f"expected")
     for flag, directory in (("--init", init if cfg.beta else ""), ("--teacher", cfg.teacher)):
         if directory:
-            others[flag], its = nano.load_checkpoint(directory, rt.device, rt.tp_group)
-            others[flag].path, others[flag].crc = its["path"], its["crc"]
-            if its["tokenizer"] != extra["tokenizer"] or others[flag].config.vocab_size != model.config.vocab_size:
+            other, its = nano.load_checkpoint(directory, rt.device, rt.tp_group)
+            if its["tokenizer"] != extra["tokenizer"] or other.config.vocab_size != model.config.vocab_size:
                 raise SystemExit(f"{flag}={directory}: the policy's tokenizer, {data.name_of(extra['tokenizer'])}, expected")
-    for flag, other in others.items():
-        if other is not None:
-            other.compute_dtype = rt.dtype
-            if resuming and extra["monitor"]["others"].get(flag) != other.crc:
-                raise SystemExit(f"--resume: {other.path}: not the file that the run in {cfg.out} has had as its {flag}")
+            if resuming and extra["monitor"]["others"].get(flag) != its["crc"]:
+                raise SystemExit(f"--resume: {its['path']}: not the file that the run in {cfg.out} has had as its "
+                                 f"{flag}")
+            other.compute_dtype, other.crc, others[flag] = rt.dtype, its["crc"], other
     return train.ready(model, cfg, rt), extra, *others.values()
 
 
@@ -499,8 +492,9 @@ def told(m, norm):
     """The printed line of a step, of its metrics."""
     lengths = [m[f"completions/{k}_length"] for k in ("mean", "median", "max")]
     return " | ".join([
-        f"reward {m['reward']:.3f}", f"accuracy {m['accuracy']:.3f}", "tokens {:.1f}, median {:.0f}, max {}".format(*lengths),
-        f"cut off {m['completions/clipped_ratio']:.0%}", f"same {m['frac_reward_zero_std']:.0%}", f"entropy {m['entropy']:.3f}",
+        f"reward {m['reward']:.3f}", f"accuracy {m['accuracy']:.3f}",
+        "tokens {:.1f}, median {:.0f}, max {}".format(*lengths), f"cut off {m['completions/clipped_ratio']:.0%}",
+        f"same {m['frac_reward_zero_std']:.0%}", f"entropy {m['entropy']:.3f}",
         *(f"{k} {m[k]:.4f}" for k in ("kl", "kl_teacher") if k in m),
         f"grad {norm:.2f}", f"{m['rollout_seconds']:.2f} + {m['update_seconds']:.2f} s"])
 
