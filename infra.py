@@ -31,24 +31,21 @@ from tqdm import tqdm
 
 # --- command line ----------------------------------------------------------------------------------------------------
 
-def _number(text, kind):
-    """'1e6' is a fine int and '1' a fine float; 1.5 is no int, and nan is neither."""
-    value = float(text)
-    if not math.isfinite(value) or (kind is int and value != int(value)):
-        raise ValueError
-    return int(text) if kind is int and re.fullmatch(r"[+-]?\d[\d_]*", str(text)) else kind(value)
-
-
 def convert(value, kind):
-    """A flag's text, or a TOML/JSON value, as the field's type. Raises ValueError with what was expected."""
+    """A flag's text, or a TOML/JSON value, as the field's type: '1e6' is a fine int and '1' a fine float, nan is neither.
+    Raises ValueError with what was expected."""
     want = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
     try:
         if kind is bool:
-            words = {"true": True, "1": True, "false": False, "0": False}
-            return value if isinstance(value, bool) else words[str(value).lower()]
-        if isinstance(value, (bool, list, dict)) or (kind is str and not isinstance(value, str)):
+            return {"true": True, "1": True, "false": False, "0": False}[str(value).lower()]
+        if isinstance(value, bool) or (kind is str and not isinstance(value, str)):
             raise ValueError
-        return value if kind is str else _number(value, kind)
+        if kind is str:
+            return value
+        number = float(value)
+        if not math.isfinite(number) or (kind is int and number != int(number)):
+            raise ValueError
+        return kind(number)
     except (ValueError, KeyError, OverflowError, TypeError):
         raise ValueError(f"{want} expected, not {value!r}") from None
 
@@ -87,8 +84,8 @@ def cli(Config, presets={}, argv=None):
     """Command line -> Config. Order of precedence: field default < preset < --config file < flag.
 
     Config: a dataclass of int, float, bool and str fields with defaults; a field's trailing comment is its help.
-    presets: {name: {field: value}}, chosen by a bare word anywhere, or by `preset` as a flag or in the file; a bare word that
-    is a path means --init. Unknown keys and unreadable values end the program with one line and status 2.
+    presets: {name: {field: value}}, chosen by a bare word anywhere, or by `preset` as a flag or in the file; a bare word
+    that is a path means --init. Unknown keys and unreadable values end the program with one line and status 2.
     """
     argv, program = list(sys.argv[1:] if argv is None else argv), Path(sys.argv[0]).name
     kinds = get_type_hints(Config) | {"config": str} | ({"preset": str} if presets else {})
@@ -97,15 +94,8 @@ def cli(Config, presets={}, argv=None):
     def check(key, where):
         if key not in kinds:
             close = difflib.get_close_matches(key, kinds, 1)
-            raise ValueError(f"{where}{key}: unknown key" + (f", did you mean {close[0]}?" if close else "; --help lists them"))
-
-    def next_word(key):
-        """The value of `--key value`; a switch never takes the next word, so `--compile tiny` keeps its preset."""
-        if kinds[key] is bool or getattr(Config, key, None) == "off":
-            return "true" if kinds[key] is bool else "on"
-        if not argv or argv[0].startswith("--"):
-            raise ValueError(f"--{key}: a value expected: --{key}=...")
-        return argv.pop(0)
+            hint = f", did you mean {close[0]}?" if close else "; --help lists them"
+            raise ValueError(f"{where}{key}: unknown key{hint}")
 
     try:
         while argv:
@@ -117,7 +107,13 @@ def cli(Config, presets={}, argv=None):
                 key, eq, value = word[2:].partition("=")
                 key = key.replace("-", "_")
                 check(key, "--")
-                flags[key] = value if eq else next_word(key)
+                if not eq and kinds[key] is bool:  # never takes the next word, so `--compile tiny` keeps its preset
+                    value = "true"
+                elif not eq and (not argv or argv[0].startswith("--")):
+                    raise ValueError(f"--{key}: a value expected: --{key}=...")
+                elif not eq:
+                    value = argv.pop(0)
+                flags[key] = value
             elif word in presets:
                 flags["preset"] = word
             elif "init" in kinds and Path(word).exists():
@@ -218,7 +214,8 @@ def setup(cfg):
     if cfg.tp_same_seed not in ("off", "on", "ignore"):
         raise SystemExit(f"--tp_same_seed={cfg.tp_same_seed}: off, on or ignore expected")
     if device.type == "cpu":
-        if os.environ.get("OMP_NUM_THREADS") in (None, "1" if local_size > 1 else None):  # torchrun sets 1 unasked
+        asked = os.environ.get("OMP_NUM_THREADS")
+        if asked is None or asked == "1" and local_size > 1:  # torchrun sets 1 unasked
             torch.set_num_threads(max(1, _cores() // local_size))
         _keep_freed_memory()
     else:
@@ -450,10 +447,8 @@ def atomic(path):
         tmp.unlink(missing_ok=True)
     if os.name == "posix":  # the rename itself is durable only once the directory is
         fd = os.open(path.parent, os.O_RDONLY)
-        try:
-            os.fsync(fd)
-        finally:
-            os.close(fd)
+        os.fsync(fd)
+        os.close(fd)
 
 
 def write_json(path, obj):
@@ -560,10 +555,6 @@ class Log:
             self.bar.write(text, file=sys.stdout)
             sys.stdout.flush()
 
-    def eta(self, step):
-        left = (time.perf_counter() - self.clock) / max(1, step - self.start) * (self.total - step)
-        return f"{int(left) // 60}:{int(left) % 60:02d}"
-
     def row(self, line=None, **values):
         """One JSON row (non-finite numbers become null); with `line`, also one printed line."""
         clean = finite(values)
@@ -577,7 +568,8 @@ class Log:
         if line:
             step = values["step"]
             done = f"step {step:>{len(str(self.total))}}/{self.total} {100 * step // self.total:3d}%"
-            self.say(f"{done} | {line} | eta {self.eta(step)}")
+            left = int((time.perf_counter() - self.clock) / max(1, step - self.start) * (self.total - step))
+            self.say(f"{done} | {line} | eta {left // 60}:{left % 60:02d}")
 
     def close(self):
         self.bar.close()
@@ -917,7 +909,8 @@ def timed_reads(path, flags, size, block, threads, ordered, seconds=0.3):
     begin = time.perf_counter()
 
     def read(t):
-        buffer, luck, at, taken = mmap.mmap(-1, block), random.Random(t), t, []  # such a map is aligned, as O_DIRECT wants it
+        buffer = mmap.mmap(-1, block)  # aligned, as O_DIRECT wants it
+        luck, at, taken = random.Random(t), t, []
         while (start := time.perf_counter()) < begin + seconds and at < count:
             os.preadv(fd, [buffer], (at if ordered else luck.randrange(count)) * block)
             taken.append(time.perf_counter() - start)
@@ -958,7 +951,8 @@ def probe_storage(cfg, rt, rows):
     doubt = (f"{kind} lives in memory: not a disk's figure" if kind in ("tmpfs", "ramfs") else
              "the page cache cannot be looked into: perhaps not the disk's figure" if math.isnan(cached) else
              "the page cache kept the file: not the disk's figure" if cached > 0.05 else "")
-    how = kind + (", O_DIRECT" + " and an empty page cache (mincore)" * (cached < 0.05) if flags else ", evicted first, then buffered")
+    how = f"{kind}, O_DIRECT" if flags else f"{kind}, evicted first, then buffered"
+    how += " and an empty page cache (mincore)" * bool(flags and cached < 0.05)
     how += ", a server's cache unseen" * bool(re.match("nfs|fuse|lustre|cifs|ceph|9p|virtiofs", kind))
     write, best = chunk / statistics.median(times), reads[2**14, 16][0]
     yield row("write", write / 1e9, "GB/s", f"{kind}, fsync every 64 MiB, median") | dict(advice=doubt)
@@ -1002,14 +996,16 @@ def probe_loader(cfg, rt, rows):
         def loader_of(steps):
             tokens = np.memmap(path, "<u2", "r")
             return data.Loader([data.Source("random", tokens, tokens, dict(eos=256), {})], "", T, steps * n, 0)
-        best = math.inf
+        times = []
         for _ in range(5 if cold else 0):
             evict(path)
             start = time.perf_counter()
             loader_of(1000).batch(0, n)
-            best = min(best, time.perf_counter() - start)
-        yield row("loader, cold file", n * T / best, "tok/s", f"the first {n} rows of {T}, one thread") if cold else note(
-            "loader, cold file", "the page cache kept the file")
+            times.append(time.perf_counter() - start)
+        if cold:
+            yield row("loader, cold file", n * T / min(times), "tok/s", f"the first {n} rows of {T}, one thread")
+        else:
+            yield note("loader, cold file", "the page cache kept the file")
         loader = loader_of(1000)
         loader.sources[0].train.max()  # reads all of it
         cpu = SimpleNamespace(device=torch.device("cpu"))
@@ -1060,7 +1056,8 @@ def gpu_health(rt, unread):
                   "somebody lowered it: nvidia-smi -pl")
     for name in ("uncorrected ECC errors", "row remap pending", "uncorrectable row remaps"):
         if name in got:
-            yield row(f"GPU {name}", got[name], fine=got[name] == 0, advice="its memory is failing: reset it, replace it if they grow")
+            yield row(f"GPU {name}", got[name], fine=got[name] == 0,
+                      advice="its memory is failing: reset it, replace it if they grow")
 
 
 def probe_health(cfg, rt, rows):
@@ -1086,8 +1083,11 @@ def probe_health(cfg, rt, rows):
     before = read("CPU time of others", "/proc/stat", r"^cpu (.*)$")
     if before:
         time.sleep(0.3)
-        ticks = [b - a for a, b in zip(*(map(int, line.split()) for line in (before, read("", "/proc/stat", r"^cpu (.*)$"))))]
-        stolen, busy = (100 * x / max(1, sum(ticks[:8])) for x in (ticks[7], sum(ticks[:8]) - ticks[3] - ticks[4]))
+        after = read("CPU time of others", "/proc/stat", r"^cpu (.*)$")
+        ticks = [int(b) - int(a) for a, b in zip(before.split(), after.split())][:8]
+        # proc(5): user, nice, system, idle, iowait, irq, softirq, steal
+        idle, total = ticks[3] + ticks[4], max(1, sum(ticks))
+        stolen, busy = 100 * ticks[7] / total, 100 * (sum(ticks) - idle) / total
         yield row("CPU time stolen by the host", stolen, "%", fine=stolen < 2, advice="the machine is shared: compare in pairs")
         yield row("CPU time used by others", busy, "%", "while this process slept", fine=busy < 10 or rt.world_size > 1,
                   advice="something else runs here: the figures below will be too low")
@@ -1472,8 +1472,10 @@ def picture(found, runs, p):
             axis.plot(*zip(*points), label=name)
         for d, _, begin in runs if p.chain else ():
             axis.axvline(begin, color="0.85", zorder=0)
-            axis.text(begin, 1, Path(d).name, transform=axis.get_xaxis_transform(), fontsize=7, color="0.4", rotation=40)
-        axis.set(xlabel=p.x, ylabel=y), axis.legend(frameon=False, fontsize=8), axis.spines[["top", "right"]].set_visible(False)
+            axis.text(begin, 1, Path(d).name, transform=axis.get_xaxis_transform(), fontsize=7, color="0.4",
+                      rotation=40)
+        axis.set(xlabel=p.x, ylabel=y), axis.legend(frameon=False, fontsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
     try:
         with atomic(p.png) as f:
             figure.savefig(f, format="png", dpi=110)
