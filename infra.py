@@ -507,13 +507,14 @@ class Stop:
             signal.signal(s, handler)
 
 
-def _is_row(text, last):
-    """A whole row of an older run, from before the step that is resumed? The last row may have been cut by the crash."""
-    try:
-        row = json.loads(text)
-        return row["step"] <= last and not row.get("final")
-    except (ValueError, KeyError, TypeError):
-        return False
+def read_log(out):
+    """The rows of out/metrics.jsonl, as far as there are any; the last one may have been cut off by a crash."""
+    path = Path(out) / "metrics.jsonl"
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
+        with contextlib.suppress(ValueError):
+            row = json.loads(line)
+            if isinstance(row, dict):
+                yield row
 
 
 def finite(value):
@@ -543,10 +544,9 @@ class Log:
             except ImportError:
                 raise SystemExit("--wandb: the package wandb is not installed: pip install wandb") from None
             self.wandb = module.init(project="nanosmol", name=Path(out).name, config=config)
-        rows = self.path.read_text(encoding="utf-8").splitlines() if start and self.path.exists() else []
-        kept = [r for r in rows if _is_row(r, start)]
+        kept = [row for row in read_log(out) if start and row.get("step", math.inf) <= start and not row.get("final")]
         with atomic(self.path) as f:
-            f.write("".join(r + "\n" for r in kept).encode())
+            f.write("".join(json.dumps(row) + "\n" for row in kept).encode())
         self.file = open(self.path, "a", encoding="utf-8")
 
     def say(self, text):
@@ -1409,16 +1409,10 @@ class Plot:
 
 def logged(directory, x):
     """A run's metrics.jsonl -> {name: [(x, y)]}; of a nested value the name is outer.inner."""
-    path, found = Path(directory) / "metrics.jsonl", {}
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, ValueError) as e:
-        raise SystemExit(f"{path}: {e}: the log of a run expected") from None
-    for line in lines:
-        try:
-            row = dict(json.loads(line))
-        except (ValueError, TypeError):  # cut off
-            continue
+    found, rows = {}, list(read_log(directory))
+    if not rows:
+        raise SystemExit(f"{directory}/metrics.jsonl: the log of a run expected")
+    for row in rows:
         inner = {f"{k}.{i}": v for k, d in row.items() if isinstance(d, dict) for i, v in d.items()}
         for k, v in (row | inner).items():
             if isinstance(v, int | float) and not isinstance(v, bool) and isinstance(row.get(x), int | float):

@@ -16,7 +16,7 @@ Off by default, each a field of Config: sliding window, chunks, QK-norm, latent 
 Names are Hugging Face's, so that exporting is renaming. Shapes in comments: B rows, T tokens, S cached tokens,
 H query heads, KV key/value heads, D head_dim, V vocabulary.
 """
-import codecs, contextlib, copy, dataclasses, functools, json, math, sys, time, zipfile, zlib
+import codecs, copy, dataclasses, functools, json, math, sys, time, zipfile, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -27,7 +27,7 @@ from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from infra import Machine, atomic, cli, launch, peak_memory, setup, write_json
+from infra import Machine, atomic, cli, launch, peak_memory, read_log, setup, write_json
 
 
 # --- shape -----------------------------------------------------------------------------------------------------------
@@ -1091,12 +1091,9 @@ def to_hf(model, directory, tokenizer=None, style="", dtype=torch.bfloat16, shar
 def model_card(config, extra, name):
     """README.md of an exported model: what a reader of it wants to know, as far as the checkpoint and its directory tell."""
     path, script = Path(extra["path"]), dict(base="train", grpo="grpo", hf="").get(extra["stage"], "sft")
-    log, settings = path.with_name("metrics.jsonl"), extra["train_config"]
-    last = {}
-    for line in log.open(encoding="utf-8", errors="replace") if script and log.exists() else ():
-        with contextlib.suppress(ValueError):  # half a row, of a run that was killed
-            row = json.loads(line)
-            last = row if isinstance(row, dict) and row.get("final") else last
+    settings, last = extra["train_config"], {}
+    for row in read_log(path.parent) if script else ():
+        last = row if row.get("final") else last
     found = {k: last[k] for k in ("loss", "val_loss") if k in last} | last.get("scores", {})
     found |= {f"bits per byte, held-out {k}": v for k, v in last.get("val_bpb", {}).items()}
     data = ", ".join(str(settings[k]) for k in ("text", "jsonl", "hf", "data", "problems") if settings.get(k))

@@ -784,15 +784,9 @@ def experiment(cfg, name):
     """One run of many -> its last metrics, with tok_per_s (the median) and the model's config. A finished one is only read;
     one that diverged is finished too, and worse than all others."""
     cfg = dataclasses.replace(cfg, ablate="", sweep="", match="", seeds=1, out=f"{cfg.out}/{name}", resume=not cfg.overwrite)
-    log = Path(cfg.out) / "metrics.jsonl"
-
-    def read():
-        for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-            with contextlib.suppress(ValueError):  # a last row that was cut off
-                yield json.loads(line)
     if cfg.resume and (other := other_settings(cfg, settings(cfg.out))):
         raise SystemExit(f"{cfg.out}: another experiment (other {', '.join(other[:5])}): --overwrite or another --out expected")
-    if cfg.overwrite or not any(row.get("final") for row in read()):
+    if cfg.overwrite or not any(row.get("final") for row in infra.read_log(cfg.out)):
         print(f"{name} ...", flush=True)
         with contextlib.redirect_stdout(io.StringIO()):
             try:
@@ -802,12 +796,12 @@ def experiment(cfg, name):
             except Diverged as e:
                 if not dist.is_initialized() or dist.get_rank() == 0:
                     print(f"{name}: {str(e).partition(';')[0]}", file=sys.stderr)
-                    with log.open("a", encoding="utf-8") as f:
+                    with open(f"{cfg.out}/metrics.jsonl", "a", encoding="utf-8") as f:
                         f.write(json.dumps(dict(final=True, val_bpb={})) + "\n")
         gc.unfreeze()  # main has frozen its run too: else none of them would ever leave the memory
         if dist.is_initialized():
             dist.barrier()  # rank 0 writes what all of them read now
-    rows, shape = list(read()), settings(cfg.out)
+    rows, shape = list(infra.read_log(cfg.out)), settings(cfg.out)
     last, speeds = [row for row in rows if row.get("final")][-1], [row["tok_per_s"] for row in rows if "tok_per_s" in row]
     config = nano.Config(**{f.name: shape[f.name] for f in dataclasses.fields(nano.Config)})
     bpb = {k: math.inf if v is None else v for k, v in last["val_bpb"].items()}
