@@ -32,7 +32,7 @@ from tqdm import tqdm
 # --- command line ----------------------------------------------------------------------------------------------------
 
 def convert(value, kind):
-    """A flag's text, or a TOML/JSON value, as the field's type: '1e6' is a fine int and '1' a fine float, nan is neither.
+    """A flag's text, or a TOML/JSON value, as the field's type: '1e6' is a fine int, '1' a fine float, nan neither.
     Raises ValueError with what was expected."""
     want = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[kind]
     try:
@@ -84,8 +84,8 @@ def cli(Config, presets={}, argv=None):
     """Command line -> Config. Order of precedence: field default < preset < --config file < flag.
 
     Config: a dataclass of int, float, bool and str fields with defaults; a field's trailing comment is its help.
-    presets: {name: {field: value}}, chosen by a bare word anywhere, or by `preset` as a flag or in the file; a bare word
-    that is a path means --init. Unknown keys and unreadable values end the program with one line and status 2.
+    presets: {name: {field: value}}, chosen by a bare word anywhere, or by `preset` as a flag or in the file; a bare
+    word that is a path means --init. Unknown keys and unreadable values end the program with one line and status 2.
     """
     argv, program = list(sys.argv[1:] if argv is None else argv), Path(sys.argv[0]).name
     kinds = get_type_hints(Config) | {"config": str} | ({"preset": str} if presets else {})
@@ -872,13 +872,13 @@ def file_system(folder):
 
 
 def in_page_cache(path):
-    """Share of a file's pages that are in memory, by mincore; NaN where nobody can tell: some network disks cannot be mapped."""
+    """Share of a file's pages that are in memory, by mincore; 1 where it cannot tell (some network disks)."""
     with contextlib.suppress(OSError), open(path, "r+b") as f, mmap.mmap(f.fileno(), 0) as view:
         pages, first = (ctypes.c_ubyte * -(-len(view) // mmap.PAGESIZE))(), ctypes.c_char.from_buffer(view)
         failed = ctypes.CDLL(None).mincore(ctypes.c_void_p(ctypes.addressof(first)), ctypes.c_size_t(len(view)), pages)
         del first  # else the map could not be closed
-        return math.nan if failed else sum(p & 1 for p in pages) / len(pages)
-    return math.nan
+        return 1.0 if failed else sum(p & 1 for p in pages) / len(pages)
+    return 1.0
 
 
 def evict(path):
@@ -949,8 +949,7 @@ def probe_storage(cfg, rt, rows):
             reads[block, threads] = max(reads.get((block, threads), speed), speed)
         cached = max(cached, in_page_cache(path) if flags else cached)
     doubt = (f"{kind} lives in memory: not a disk's figure" if kind in ("tmpfs", "ramfs") else
-             "the page cache cannot be looked into: perhaps not the disk's figure" if math.isnan(cached) else
-             "the page cache kept the file: not the disk's figure" if cached > 0.05 else "")
+             "the page cache kept the file, or cannot be looked into: not the disk's figure" if cached > 0.05 else "")
     how = f"{kind}, O_DIRECT" if flags else f"{kind}, evicted first, then buffered"
     how += " and an empty page cache (mincore)" * bool(flags and cached < 0.05)
     how += ", a server's cache unseen" * bool(re.match("nfs|fuse|lustre|cifs|ceph|9p|virtiofs", kind))
