@@ -395,9 +395,9 @@ def first_of(cfg):
 
 
 def open_model(cfg, rt, resuming):
-    """-> (policy, what its checkpoint holds besides, reference or None, teacher or None). The reference is the checkpoint
-    that the run began with; it and the teacher carry the crc of their files."""
-    init, others = first_of(cfg), {"--init": None, "--teacher": None}
+    """-> (policy, what its checkpoint holds besides, the models beside it by the flag that names them, the crc of their
+    files). --init is the reference, the checkpoint that the run began with."""
+    init, others, crcs = first_of(cfg), {}, {}
     if init or resuming:
         model, extra = nano.load_checkpoint(cfg.out if resuming else init, rt.device, rt.tp_group)
     else:
@@ -415,8 +415,8 @@ def open_model(cfg, rt, resuming):
             if resuming and extra["monitor"]["others"].get(flag) != its["crc"]:
                 raise SystemExit(f"--resume: {its['path']}: not the file that the run in {cfg.out} has had as its "
                                  f"{flag}")
-            other.compute_dtype, other.crc, others[flag] = rt.dtype, its["crc"], other
-    return train.ready(model, cfg, rt), extra, *others.values()
+            other.compute_dtype, others[flag], crcs[flag] = rt.dtype, other, its["crc"]
+    return train.ready(model, cfg, rt), extra, others, crcs
 
 
 def load_problems(cfg):
@@ -444,7 +444,7 @@ def begin(cfg, rt):
     cfg = dataclasses.replace(cfg, beta=0.0) if cfg.teacher else cfg  # there the teacher is what it stays close to
     locked, resuming = train.occupy(cfg, rt, first_of(cfg), cfg.teacher)
     cfg = train.with_init(cfg, resuming)
-    model, extra, reference, teacher = open_model(cfg, rt, resuming)
+    model, extra, others, crcs = open_model(cfg, rt, resuming)
     before = extra["train_config"]
     date = cfg.date or resuming and before["date"] or time.strftime("%d %B %Y")  # a run does not change with the day
     cfg = dataclasses.replace(cfg, style=cfg.style or before.get("style") or "compact", date=date)
@@ -458,11 +458,10 @@ def begin(cfg, rt):
     tokenizer = data.get_tokenizer(extra["tokenizer"])
     run = train.start(cfg, rt, model, extra if resuming else {}, locked, "grpo", train.data_parallel(model, rt, 1, 8),
                       sampler=nano.inference_copy(model), tokenizer=tokenizer, problems=problems, tasks=tasks, rewards=rewards,
-                      stop_ids=[tokenizer.special["<|im_end|>"], tokenizer.eos], reference=reference, teacher=teacher,
-                      complained=set())
+                      stop_ids=[tokenizer.special["<|im_end|>"], tokenizer.eos], reference=others.get("--init"),
+                      teacher=others.get("--teacher"), complained=set())
     run.samples = lambda: f"answers to problems {run.consumed - cfg.prompts} to {run.consumed - 1} of the run's order"
-    run.monitor |= dict(others={flag: other.crc for flag, other in (("--init", reference), ("--teacher", teacher)) if other},
-                        problems=mark)
+    run.monitor |= dict(others=crcs, problems=mark)
     run.log.say(headline(run) + f" | resuming after step {run.step}" * resuming)
     longest = max(problems, key=lambda p: len(p["prompt"][-1]["content"]))["prompt"]
     most = len(data.render(longest, cfg.mode, cfg.style, None, cfg.date, True, tokenizer)[0]) + cfg.max_new_tokens
