@@ -87,6 +87,11 @@ class Config:
             raise ValueError(f"num_experts_per_tok={self.num_experts_per_tok}: 1 to num_experts={self.num_experts} expected, "
                              f"which intermediate_size={self.intermediate_size} is enough for, or a moe_intermediate_size")
 
+    def indivisible(self, tp):
+        """Names of the sizes that `tp` ranks cannot share."""
+        names = ["num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"]
+        return [name for name in names + ["expert_size"] * (self.num_experts > 0) if getattr(self, name) % tp]
+
     @property
     def head_size(self):
         return self.head_dim or self.hidden_size // self.num_attention_heads
@@ -453,10 +458,8 @@ class Transformer(nn.Module):
         super().__init__()
         if not config.vocab_size:
             raise ValueError("vocab_size=0: the tokenizer's vocab_size expected")
-        names = ["num_attention_heads", "num_key_value_heads", "intermediate_size", "vocab_size"]
-        for name in names + ["expert_size"] * (config.num_experts > 0):
-            if tp is not None and getattr(config, name) % tp.size():
-                raise ValueError(f"--tp={tp.size()}: a divisor of {name}={getattr(config, name)} expected")
+        for name in config.indivisible(tp.size()) if tp is not None else ():
+            raise ValueError(f"--tp={tp.size()}: a divisor of {name}={getattr(config, name)} expected")
         self.config, self.tp = config, tp
         self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, tp)
         self.layers = nn.ModuleList(Block(config, i, tp) for i in range(config.num_hidden_layers))

@@ -771,7 +771,7 @@ def changed(cfg, rt, flag, change, tokens=0):
         result = dataclasses.replace(cfg, **change)
         result = dataclasses.replace(result, steps=round(tokens / result.batch_tokens)) if tokens else result
         check(result, rt)
-        if rt.tp_size > 1 and not infra.divides(rt.tp_size, result):
+        if result.indivisible(rt.tp_size):
             raise ValueError(f"--tp={cfg.tp}: a divisor of the KV heads, the FFN and the vocabulary expected")
         if tokens and abs(result.steps * result.batch_tokens - tokens) > 0.02 * tokens:
             raise ValueError(f"no whole number of steps makes {tokens:,} tokens")

@@ -405,8 +405,9 @@ def test_impossible_shapes_are_refused_by_name(change, message):
         nano.Config(**change)
 
 
-def test_an_expert_that_cannot_be_cut_is_refused_by_the_model_and_the_planner():
+def test_an_expert_that_cannot_be_cut_is_refused_by_name():
     c = nano.Config(**SHAPE, num_experts=4, moe_intermediate_size=25)
     with pytest.raises(ValueError, match="--tp=2: a divisor of expert_size=25 expected"):
         nano.Transformer(c, SimpleNamespace(size=lambda: 2))
-    assert infra.divides(1, c) and not infra.divides(2, c) and infra.divides(2, dataclasses.replace(c, num_experts=0))
+    assert not c.indivisible(1) and c.indivisible(2) == ["expert_size"]
+    assert not dataclasses.replace(c, num_experts=0).indivisible(2)
