@@ -1489,11 +1489,13 @@ def plot(directories, p):
 
 if __name__ == "__main__":
     import model
-    if sys.argv[1:2] == ["plot"]:
-        words, sys.argv[0] = sys.argv[2:], sys.argv[0] + " plot"
-        plot([w for w in words if w[:1] != "-"], cli(Plot, {}, [w for w in words if w[:1] == "-"]))
-    elif sys.argv[1:2] == ["plan"]:
-        sys.argv[0] += " plan"
-        plan(cli(plan_options(), {name: dict(shape, preset=name) for name, shape in model.PRESETS.items()}, sys.argv[2:]))
+    command, words = sys.argv[1] if sys.argv[1:] else "", sys.argv[2:]
+    if command in ("plan", "plot"):
+        sys.argv[0] += f" {command}"
+    if command == "plan":
+        launch(plan, cli(plan_options(), {name: dict(shape, preset=name) for name, shape in model.PRESETS.items()}, words))
+    elif command == "plot":
+        directories, flags = [w for w in words if w[:1] != "-"], [w for w in words if w[:1] == "-"]
+        launch(lambda p: plot(directories, p), cli(Plot, {}, flags))
     else:
         launch(main, cli(Config, {name: dict(preset=name) for name in model.PRESETS}))

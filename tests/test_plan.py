@@ -357,6 +357,15 @@ def test_the_command_line_plans_a_preset(capsys, monkeypatch):
     assert capsys.readouterr().out.startswith("smollm3-3b: 3,075,098,624 parameters")
 
 
+def test_a_reader_who_has_seen_enough_gets_no_stack_trace(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
+    for words in (["plan", *SMOLLM3], ["plot", str(tmp_path)]):
+        child = subprocess.Popen([sys.executable, "-u", infra.__file__, *words], stdout=subprocess.PIPE,
+                                 stderr=subprocess.PIPE, text=True)
+        child.stdout.close()                             # before it has begun
+        assert child.stderr.read().strip() == "nobody reads the output any more" and child.wait(60) == 1
+
+
 def test_help_lists_every_knob_with_its_comment():
     done = subprocess.run([sys.executable, infra.__file__, "plan", "--help"], capture_output=True, text=True, timeout=60)
     notes = dict(re.findall(r"^  --(\w+)=.*\n {8}(\S.*)$", done.stdout, re.M))
