@@ -663,7 +663,7 @@ def probe_matmul(cfg, rt, rows):
     """Every dtype that the device multiplies, at a large square and at the preset's own shapes."""
     cuda, sheet, c, found = rt.device.type == "cuda", data_sheet(rt.name), shape_of(cfg), {}
     nvidia = cuda and torch.version.hip is None
-    capability = torch.cuda.get_device_capability(rt.device) if nvidia else (99, 0)  # AMD's are another scale: try
+    capability = torch.cuda.get_device_capability(rt.device) if nvidia else (99, 0)  # AMD numbers its GPUs otherwise: try all
     kinds = dict(fp32=True, tf32=nvidia and capability >= (8, 0), bf16=not cuda or _native_bf16(rt.device), fp16=cuda,
                  fp8=cuda and capability >= (8, 9))
     size = 8192 if cuda else 2048
