@@ -377,10 +377,8 @@ def _keep_freed_memory():
 
 def cpu_name():
     """'Intel(R) Xeon(R) Processor' where Linux tells, else what Python knows."""
-    with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())
-        if found:
-            return found[1]
+    with contextlib.suppress(OSError, TypeError):  # no such file, no such line
+        return re.search(r"model name\s*:\s*(.*)", Path("/proc/cpuinfo").read_text())[1]
     return platform.processor() or platform.machine()
 
 
@@ -648,8 +646,8 @@ def seconds_of(rt, call, least=0.02):
 
 def tflops(rt, m, k, n, kind):
     """TFLOP/s of (m, k) @ (k, n) in fp32, tf32, bf16, fp16 or fp8; of random numbers, for zeros draw less power."""
-    dtype = dict(fp32="float32", tf32="float32", bf16="bfloat16", fp16="float16", fp8="float8_e4m3fn")[kind]
-    a, b = (torch.randn(shape, device=rt.device).to(getattr(torch, dtype)) for shape in ((m, k), (n, k)))
+    dtypes = dict(bf16=torch.bfloat16, fp16=torch.float16, fp8=torch.float8_e4m3fn)
+    a, b = (torch.randn(shape, device=rt.device).to(dtypes.get(kind, torch.float32)) for shape in ((m, k), (n, k)))
     one, precision = torch.ones((), device=rt.device), torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("high" if kind == "tf32" else "highest")
     call = lambda: torch._scaled_mm(a, b.T, one, one, out_dtype=torch.bfloat16) if kind == "fp8" else torch.mm(a, b.T)
@@ -663,7 +661,7 @@ def probe_matmul(cfg, rt, rows):
     """Every dtype that the device multiplies, at a large square and at the preset's own shapes."""
     cuda, sheet, c, found = rt.device.type == "cuda", data_sheet(rt.name), shape_of(cfg), {}
     nvidia = cuda and torch.version.hip is None
-    capability = torch.cuda.get_device_capability(rt.device) if nvidia else (99, 0)  # AMD numbers its GPUs otherwise: try all
+    capability = torch.cuda.get_device_capability(rt.device) if nvidia else (99, 0)  # AMD: other numbers, try all
     kinds = dict(fp32=True, tf32=nvidia and capability >= (8, 0), bf16=not cuda or _native_bf16(rt.device), fp16=cuda,
                  fp8=cuda and capability >= (8, 9))
     size = 8192 if cuda else 2048
@@ -918,8 +916,8 @@ def timed_reads(path, flags, size, block, threads, ordered, seconds=0.3):
         return taken
     try:
         with ThreadPoolExecutor(threads) as pool:
-            taken = sorted(itertools.chain(*pool.map(read, range(threads))))
-        return len(taken) * block / (time.perf_counter() - begin), taken
+            taken = list(itertools.chain(*pool.map(read, range(threads))))
+        return len(taken) * block / (time.perf_counter() - begin), sorted(taken)
     finally:
         os.close(fd)
 
@@ -1303,8 +1301,9 @@ def plan_layout(p, c, speed, sheet):
     columns = dict(states=12, activations=13, recomputed=13, logits=9, total=9)
     print(f"\nGB, of {sheet.gb} on a {p.gpu}".ljust(29) + "".join(f"{name:>{width}}" for name, width in columns.items()))
     for t in sorted({t for t in (1, 2, 4, tp or 1) if t <= p.gpus}):
-        m = gpu_memory(c, t, micro or p.micro_batch or 1, p.lora_rank)
-        print(f"tp={t} micro_batch={micro or p.micro_batch or 1:<4}{'<--' if t == tp else '':8}" + "".join(
+        shown = micro or p.micro_batch or 1
+        m = gpu_memory(c, t, shown, p.lora_rank)
+        print(f"tp={t} micro_batch={shown:<4}{'<--' if t == tp else '':8}" + "".join(
             f"{m[name] / 1e9:{width}.1f}" for name, width in columns.items()))
     if tp is None:
         print(f"\nlayout      {reason}")
@@ -1493,7 +1492,8 @@ if __name__ == "__main__":
     if command in ("plan", "plot"):
         sys.argv[0] += f" {command}"
     if command == "plan":
-        launch(plan, cli(plan_options(), {name: dict(shape, preset=name) for name, shape in model.PRESETS.items()}, words))
+        shapes = {name: dict(shape, preset=name) for name, shape in model.PRESETS.items()}
+        launch(plan, cli(plan_options(), shapes, words))
     elif command == "plot":
         directories, flags = [w for w in words if w[:1] != "-"], [w for w in words if w[:1] == "-"]
         launch(lambda p: plot(directories, p), cli(Plot, {}, flags))
