@@ -42,6 +42,9 @@ def convert(value, kind):
             raise ValueError
         if kind is str:
             return value
+        if kind is int:
+            with contextlib.suppress(ValueError):
+                return int(str(value))  # exactly, however large: a seed may be
         number = float(value)
         if not math.isfinite(number) or (kind is int and number != int(number)):
             raise ValueError
@@ -1088,6 +1091,10 @@ def probe_health(cfg, rt, rows):
         yield row("CPU time stolen by the host", stolen, "%", fine=stolen < 2, advice="the machine is shared: compare in pairs")
         yield row("CPU time used by others", busy, "%", "while this process slept", fine=busy < 10 or rt.world_size > 1,
                   advice="something else runs here: the figures below will be too low")
+    for what, file in (("CPU quota", "cpu.max"), ("memory limit", "memory.max")):
+        limit = read(f"{what} (cgroup)", f"/sys/fs/cgroup/{file}")
+        if limit:
+            yield note(what, f"{limit} (cgroup)")
     if unread:
         yield note("not readable here", ", ".join(unread))
 
@@ -1398,7 +1405,10 @@ class Plot:
 
 def logged(directory, x):
     """A run's metrics.jsonl -> {name: [(x, y)]}; of a nested value the name is outer.inner."""
-    found, rows = {}, list(read_log(directory))
+    try:
+        found, rows = {}, list(read_log(directory))
+    except OSError as e:
+        raise SystemExit(f"{directory}: {e.strerror}: the directory of a run expected") from None
     if not rows:
         raise SystemExit(f"{directory}/metrics.jsonl: the log of a run expected")
     for row in rows:

@@ -49,7 +49,7 @@ def test_no_arguments_give_the_defaults():
 @pytest.mark.parametrize("argv, key, value", [
     (["--lr=1"], "lr", 1.0), (["--lr=1e-4"], "lr", 1e-4), (["--lr", "-3"], "lr", -3.0),
     (["--steps=1e3"], "steps", 1000), (["--steps=2.0"], "steps", 2), (["--steps=1_000"], "steps", 1000), (["--steps=-5"], "steps", -5),
-    (["--steps=9007199254740992"], "steps", 2**53),
+    (["--steps=9007199254740993"], "steps", 2**53 + 1),
     (["--batch-tokens=8"], "batch_tokens", 8), (["--batch_tokens", "8"], "batch_tokens", 8),
     (["--text=a=b"], "text", "a=b"), (["--text="], "text", ""), (["--text", "x y"], "text", "x y"), (["--text=--steps"], "text", "--steps"),
     (["--text=1"], "text", "1"), (["--text=true"], "text", "true"),

@@ -380,13 +380,13 @@ def test_time_that_the_host_or_others_take_is_told_from_proc_stat(kernel):
 def test_what_the_kernel_tells_is_noted_and_what_it_does_not_is_named(kernel):
     assert verdicts(probe("health", machine(threads=n))["threads"] for n in (3, 4, 5)) == "WARN PASS WARN"
     assert probe("health")["not readable here"]["advice"] == (
-        "CPU flags, CPU governor, CPU time of others")
+        "CPU flags, CPU governor, CPU time of others, CPU quota (cgroup), memory limit (cgroup)")
     for governor, verdict in (("performance", "PASS"), ("powersave", "WARN")):
         kernel(cpuinfo="model name : A chip\nflags\t\t: fpu avx2 amx_bf16\n", scaling_governor=governor + "\n",
-               stat="cpu  1 2 3 4 5 6 7 8 9 10\n")
+               stat="cpu  1 2 3 4 5 6 7 8 9 10\n", cpu_max="200000 100000\n", memory_max="max\n")
         rows = probe("health")
         assert rows["CPU"]["advice"] == "A chip, avx2, amx_bf16" and rows["CPU governor"]["verdict"] == verdict
-        assert "not readable here" not in rows
+        assert rows["CPU quota"]["advice"] == "200000 100000 (cgroup)" and "not readable here" not in rows
 
 
 FINE = {"temperature.gpu": "84", "clocks.sm": "1485", "clocks.max.sm": "1980", "power.limit": "693.00",
