@@ -41,6 +41,11 @@ MIXTURES = {"smollm3": [(0.72, dict(text=85, code=12, math=3)), (0.89, dict(text
                         (1.0, dict(text=63, code=24, math=13))]}
 
 
+def need(condition, what, expected):
+    if not condition:
+        raise ValueError(f"{what}: expected {expected}")
+
+
 @dataclass
 class Config:
     text: str = ""                # own text: FILE, DIR or GLOB; several with commas; NAME=PATH names the source
@@ -202,8 +207,7 @@ def wrap_tiktoken(encoding, name):
 def read_tokenizer(path):
     """A tokenizer.json, a rank file, or the folder that holds one -> Tokenizer, named after its content."""
     files = [f for f in (path / "tokenizer.json", path / "tokenizer.model") if f.is_file()] if path.is_dir() else [path]
-    if not files:
-        raise ValueError(f"--tokenizer={path}: expected a tokenizer.json or a tokenizer.model in it")
+    need(files, f"--tokenizer={path}", "a tokenizer.json or a tokenizer.model in it")
     try:
         file = files[0].with_name("tokenizer_config.json")
         eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token") if file.exists() else None
@@ -234,11 +238,6 @@ def rank_spec(raw):
     names = ["<|begin_of_text|>", "<|end_of_text|>", *reserved[:4], "<|start_header_id|>", "<|end_header_id|>", reserved[4],
              "<|eot_id|>", *reserved[5:]]
     return dict(splits=[LLAMA3], ranks=lines_of(live), special={s: len(live) + i for i, s in enumerate(names)}, bos=len(live))
-
-
-def need(condition, what, expected):
-    if not condition:
-        raise ValueError(f"{what}: expected {expected}")
 
 
 def json_spec(j):
@@ -428,8 +427,8 @@ def open_bin(path, vocab_size=None, tokenizer=None, verify=False):
     # The first and last 64 MB only: a wrong dtype or tokenizer shows at once, and reading terabytes would take hours.
     highest = max(tokens[:edge].max(), tokens[-edge:].max())
     need(highest < limit, f"{path}: holds token {highest}", f"ids below the vocabulary size {limit}")
-    if verify and hashlib.sha256(tokens).hexdigest() != meta["sha256"]:         # reads all of it
-        raise ValueError(f"{path}: other content than recorded: expected sha256 {meta['sha256']}; delete it to rebuild")
+    need(not verify or hashlib.sha256(tokens).hexdigest() == meta["sha256"],     # reads all of it
+         f"{path}: other content than recorded", f"sha256 {meta['sha256']}; delete it to rebuild")
     return tokens
 
 
@@ -543,8 +542,7 @@ def find_files(flag, spec):
             found = [p for p in found if not (re.search(r"\.(train|val)\.(bin|json)$", p.name) or
                                               p.parent in runs and re.fullmatch(mine, p.name))]
         files = sorted(found)
-        if not files:
-            raise ValueError(f"--{flag}={item}: nothing found: expected a file, a folder with files or a pattern")
+        need(files, f"--{flag}={item}: nothing found", "a file, a folder with files or a pattern")
         name = name or (path.stem if path.is_file() else path.resolve().name if path.is_dir() else path.parent.name)
         yield re.sub(r"[^\w.-]+", "_", name).strip("._") or flag, files
 
@@ -603,8 +601,7 @@ def find_sources(text, jsonl, hf, hf_docs, passkey=0):
     for make in () if found else (text_documents, code_documents, math_documents):
         found.append((make.__name__.split("_")[0], make, ["embedded", sys.version]))
     names = [name for name, _, _ in found]
-    if len(set(names)) < len(names):
-        raise ValueError(f"sources {', '.join(names)}: expected different names, as in --text=a=PATH,b=PATH")
+    need(len(set(names)) == len(names), f"sources {', '.join(names)}", "different names, as in --text=a=PATH,b=PATH")
     return {name: rest for name, *rest in found}
 
 
@@ -653,8 +650,8 @@ def build(name, documents, tokenizer, val_fraction, out, prepared, tail=False):
     meta = write_bin(out / f"{name}.train.bin", train_documents(), tokenizer, name, facts)
     if facts["split"] == "document" and not (held and meta["tokens"]):
         return build(name, documents, tokenizer, val_fraction, out, prepared, tail=True)    # chance put all on one side
-    if not held or not meta["tokens"]:
-        raise ValueError(f"source {name}: empty corpus ({facts['empty']} empty documents): expected some text to split")
+    need(held and meta["tokens"], f"source {name}: empty corpus ({facts['empty']} empty documents)",
+         "some text to split")
     facts["overlap"] = overlap(open_bin(out / f"{name}.train.bin"), held, tokenizer)
     write_bin(out / f"{name}.val.bin", held, tokenizer, name, facts)
 
@@ -716,13 +713,13 @@ def parse_mixture(spec, sizes):
     except ValueError:
         raise ValueError(f'--mixture={spec}: expected smollm3, "a=0.8,b=0.2" or "0.7:a=1;1.0:a=0.5,b=0.5"') from None
     ends = [end for end, _ in stages]
-    if ends != sorted(set(ends)) or not ends[0] > 0 or not abs(ends[-1] - 1) < 1e-9:
-        raise ValueError(f"--mixture={spec}: stages end at {ends}: expected rising shares of the run, the last one 1.0")
+    need(ends == sorted(set(ends)) and ends[0] > 0 and abs(ends[-1] - 1) < 1e-9,
+         f"--mixture={spec}: stages end at {ends}", "rising shares of the run, the last one 1.0")
     for _, weights in stages:
-        if unknown := sorted(set(weights) - set(sizes)):
-            raise ValueError(f"--mixture={spec}: no source {', '.join(unknown)}: expected {', '.join(sorted(sizes))}")
-        if not all(0 <= w for w in weights.values()) or not 0 < sum(weights.values()) < math.inf:
-            raise ValueError(f"--mixture={spec}: weights {weights}: expected none below 0 and one above it")
+        unknown = sorted(set(weights) - set(sizes))
+        need(not unknown, f"--mixture={spec}: no source {', '.join(unknown)}", ", ".join(sorted(sizes)))
+        need(min(weights.values()) >= 0 and 0 < sum(weights.values()) < math.inf,
+             f"--mixture={spec}: weights {weights}", "none below 0 and one above it")
     return [(end, {name: weights.get(name, 0) / sum(weights.values()) for name in sizes}) for end, weights in stages]
 
 
@@ -754,9 +751,8 @@ def permute(i, n, key):
 
 def count_rows(name, tokens, seq_len):
     """Rows start every seq_len tokens and need one token more, the last label."""
-    if len(tokens) <= seq_len:
-        raise ValueError(f"{name}: {len(tokens)} tokens: expected {seq_len + 1} or more: add text, shorten the "
-                         "rows (--seq_len, in train.py --max_position_embeddings) or raise --val_fraction")
+    need(len(tokens) > seq_len, f"{name}: {len(tokens)} tokens", f"{seq_len + 1} or more: add text, shorten the rows "
+         "(--seq_len, in train.py --max_position_embeddings) or raise --val_fraction")
     return (len(tokens) - 1) // seq_len
 
 
@@ -856,8 +852,7 @@ class Loader:
 
     def batch(self, consumed, n, dp_rank=0, dp_size=1):
         """Rank dp_rank's part of rows consumed .. consumed + n: to_batch of (n / dp_size, seq_len + 1)."""
-        if n % dp_size:
-            raise ValueError(f"a batch of {n} rows on {dp_size} ranks: expected a multiple of {dp_size}")
+        need(n % dp_size == 0, f"a batch of {n} rows on {dp_size} ranks", f"a multiple of {dp_size}")
         return to_batch(self.rows(consumed + dp_rank * (n // dp_size), n // dp_size), self.sources[0].meta["eos"])
 
 
@@ -908,26 +903,26 @@ THOUGHT = re.compile(r"<think>(.*?)</think>", re.S)     # what an assistant's co
 
 def check_messages(messages):
     """Raises ValueError with the number of the message that is none."""
-    if not isinstance(messages, list) or not messages:
-        raise ValueError(f"messages {messages!r:.40}: expected a list of at least one")
+    need(isinstance(messages, list) and messages, f"messages {messages!r:.40}", "a list of at least one")
+    before = None
     for i, m in enumerate(messages):
         role, content = (m.get("role"), m.get("content")) if isinstance(m, dict) else (None, None)
-        before = messages[i - 1]["role"] if i else None
-        for bad, what, expected in (
-                (role not in ("system", "user", "assistant", "tool"), f"role {role!r}", "system, user, assistant or tool"),
-                (role and m.get("tool_calls"), "tool_calls", "the call as text in content, for templates do not render it"),
-                # SmolLM3's data once had None here, which its template took for "no system message": every persona was
-                # replaced by the default one, and no benchmark showed it (playbook, "Vibe-test your baselines").
-                (not isinstance(content, str), f"content {content!r:.40}", "text; without a system message, no such entry"),
-                (role == "system" and i, "a system message", "it as the first message only"),
-                (role == before and role != "tool", f"a second {role} message in a row", "turns to alternate")):
-            if bad:
-                raise ValueError(f"message {i}: {what}: expected {expected}")
+        need(role in ("system", "user", "assistant", "tool"), f"message {i}: role {role!r}",
+             "system, user, assistant or tool")
+        need(not m.get("tool_calls"), f"message {i}: tool_calls",
+             "the call as text in content, for templates do not render it")
+        # SmolLM3's data once had None here, which its template took for "no system message": every persona was
+        # replaced by the default one, and no benchmark showed it (playbook, "Vibe-test your baselines").
+        need(isinstance(content, str), f"message {i}: content {content!r:.40}",
+             "text; without a system message, no such entry")
+        need(role != "system" or i == 0, f"message {i}: a system message", "it as the first message only")
+        need(role != before or role == "tool", f"message {i}: a second {role} message in a row", "turns to alternate")
+        before = role
 
 
 def check_tools(tools):
-    if tools and not (isinstance(tools, list) and all(isinstance(t, dict) for t in tools)):
-        raise ValueError(f"tools {tools!r:.40}: expected a list of JSON objects")
+    need(not tools or isinstance(tools, list) and all(isinstance(t, dict) for t in tools), f"tools {tools!r:.40}",
+         "a list of JSON objects")
 
 
 def effective_mode(messages, mode):
@@ -938,9 +933,8 @@ def effective_mode(messages, mode):
 
 def system_text(system, mode, style, tools, date):
     """What stands in the system turn; None: there is none. `system`: the system message's text, None if it is missing."""
-    if style == "chatml" or style == "compact" and tools:
-        if tools:
-            raise ValueError(f"tools in style {style}: expected style smollm3")
+    need(style == "smollm3" or not tools, f"tools in style {style}", "style smollm3")
+    if style == "chatml":
         return system
     text = (system or "").replace("/no_think", "").replace("/think", "").rstrip()
     if "/system_override" in text:
@@ -976,8 +970,7 @@ def render(messages, mode="think", style="compact", tools=None, date=None, add_g
     """
     for what, given, known in (("style", style, ("compact", "smollm3", "chatml")), ("mode", mode, ("think", "no_think")),
                                ("loss_on", loss_on, ("assistant", "all"))):
-        if given not in known:
-            raise ValueError(f"{what} {given!r}: expected {' or '.join(known)}")
+        need(given in known, f"{what} {given!r}", " or ".join(known))
     check_messages(messages)
     tokenizer, ids, mask = tokenizer or get_tokenizer("bytes"), [], []
     start, end, think, thought = (tokenizer.special[s] for s in ("<|im_start|>", "<|im_end|>", "<think>", "</think>"))
@@ -1074,8 +1067,7 @@ class Dropped(ValueError):
 
 def as_messages(value, role):
     """Text -> one message of that role; a list of messages stays one."""
-    if not isinstance(value, str | list):
-        raise ValueError(f"{value!r:.40} for the {role}: expected text or a list of messages")
+    need(isinstance(value, str | list), f"{value!r:.40} for the {role}", "text or a list of messages")
     return [dict(role=role, content=value)] if isinstance(value, str) else value
 
 
@@ -1083,8 +1075,8 @@ def pair_of(row, prompt):
     """prompt, chosen, rejected as lists of messages. Without a prompt it is what both answers begin with; a text beside lists
     that begin with a question is that question, and beside others what comes before them."""
     chosen, rejected, before = row["chosen"], row["rejected"], []
-    if type(chosen) is not type(rejected) or not isinstance(chosen, str | list):
-        raise ValueError("chosen and rejected: expected two texts or two lists of messages")
+    need(type(chosen) is type(rejected) and isinstance(chosen, str | list), "chosen and rejected",
+         "two texts or two lists of messages")
     if chosen == rejected:
         raise Dropped("chosen and rejected are the same")
     if isinstance(prompt, str) and isinstance(chosen, list):
@@ -1098,8 +1090,7 @@ def pair_of(row, prompt):
         prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
         if before:      # after the system message
             prompt = prompt[:first] + before + prompt[first:]
-        if not prompt:
-            raise ValueError("chosen and rejected begin differently: expected a prompt")
+        need(prompt, "chosen and rejected begin differently", "a prompt")
     elif isinstance(prompt, list) and chosen[:len(prompt)] == prompt == rejected[:len(prompt)]:
         chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
     if not chosen or not rejected:
@@ -1113,10 +1104,10 @@ def choices_of(row, question):
     choices, answer = row["choices"], row.get("answer", row.get("answerKey"))
     labels = choices.get("label") if isinstance(choices, dict) else None
     choices = choices.get("text") if isinstance(choices, dict) else choices
-    if not isinstance(choices, list) or len(choices) < 2 or not all(isinstance(c, str) and c for c in choices):
-        raise ValueError("choices: expected a list of two or more texts")
-    if labels is not None and (not isinstance(labels, list) or len(labels) != len(choices)):
-        raise ValueError(f"label {labels!r:.40}: expected one for each of the {len(choices)} choices")
+    need(isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices), "choices",
+         "a list of two or more texts")
+    need(labels is None or isinstance(labels, list) and len(labels) == len(choices), f"label {labels!r:.40}",
+         f"one for each of the {len(choices)} choices")
     for names in ([] if isinstance(answer, bool) else (range(len(choices)), labels or (), choices, "ABCDEFGHIJ")):
         if answer in list(names)[:len(choices)]:
             return dict(prompt=as_messages(question, "user"), choices=choices, answer=list(names).index(answer))
@@ -1138,14 +1129,13 @@ def boxed(text):
 def answered(question, answer):
     """A problem. Answers of GSM8K (arXiv 2110.14168) and MATH (arXiv 2103.03874) hold the working too, which becomes reasoning,
     GSM8K's without its <<...>>."""
-    if not isinstance(answer, str | int | float) or isinstance(answer, bool):
-        raise ValueError(f"answer {answer!r:.40}: expected text or a number")
+    need(isinstance(answer, str | int | float) and not isinstance(answer, bool), f"answer {answer!r:.40}",
+         "text or a number")
     working, mark, final = str(answer).rpartition("####")
     if not mark and (box := boxed(final)) is not None:
         working, mark, final = final, "\\boxed" * (final.strip(" $.") != f"\\boxed{{{box}}}"), box
     result = dict(prompt=as_messages(question, "user"), answer=clean_answer(final))
-    if not result["answer"]:
-        raise ValueError(f"answer: expected something after {mark}" if mark else "answer: expected some text")
+    need(result["answer"], "answer", f"something after {mark}" if mark else "some text")
     if mark:
         working = re.sub("<<.*?>>", "", working).strip()
         content = f"<think>\n{working}\n</think>\n{result['answer']}"
@@ -1155,12 +1145,11 @@ def answered(question, answer):
 
 def instructed(row):
     """instruction and input -> one question; None: there is none."""
-    parts = [row.get("instruction"), row.get("input") or ""]
-    if parts[0] is None:
+    instruction, given = row.get("instruction"), row.get("input") or ""
+    if instruction is None:
         return None
-    if not all(isinstance(p, str) for p in parts):
-        raise ValueError("instruction, input: expected text")
-    return parts[0] + (f"\n\n{parts[1].strip()}" if parts[1].strip() else "")
+    need(isinstance(instruction, str) and isinstance(given, str), "instruction, input", "text")
+    return instruction + (f"\n\n{given.strip()}" if given.strip() else "")
 
 
 def sorted_out(row):
@@ -1171,8 +1160,8 @@ def sorted_out(row):
         return dict(messages=row["messages"])
     if "conversations" in row:
         turns = row["conversations"] if isinstance(row["conversations"], list) else [None]
-        if not all(isinstance(t, dict) and t.get("from") in list(SPEAKERS) for t in turns):
-            raise ValueError(f"conversations: expected a list of from ({', '.join(SPEAKERS)}) and value")
+        need(all(isinstance(t, dict) and t.get("from") in list(SPEAKERS) for t in turns), "conversations",
+             f"a list of from ({', '.join(SPEAKERS)}) and value")
         return dict(messages=[dict(role=SPEAKERS[t["from"]], content=t.get("value")) for t in turns])
     if "chosen" in row and "rejected" in row:
         return pair_of(row, instructed(row) if question is None else question)
@@ -1213,16 +1202,15 @@ def normalize(example):
         return result
     if result.get("messages") == []:
         raise Dropped("no messages")
-    if not isinstance(options, dict) or not isinstance(options.get("enable_thinking"), bool | None):
-        raise ValueError("chat_template_kwargs: expected an object, enable_thinking in it true or false")
-    if options.get("xml_tools") or options.get("python_tools"):
-        raise ValueError("xml_tools, python_tools: expected a list of JSON objects under tools")
+    need(isinstance(options, dict) and isinstance(options.get("enable_thinking"), bool | None), "chat_template_kwargs",
+         "an object, enable_thinking in it true or false")
+    need(not options.get("xml_tools") and not options.get("python_tools"), "xml_tools, python_tools",
+         "a list of JSON objects under tools")
     check_tools(tools)
     name, keys = ("custom_instructions", options) if "custom_instructions" in options else ("system", example)
     instructions = keys.get(name, "")
     instructions = "" if name == "system" and instructions is None else instructions      # a column that few rows fill
-    if not isinstance(instructions, str):
-        raise ValueError(f"{name} {instructions!r:.40}: expected text, or no such key")
+    need(isinstance(instructions, str), f"{name} {instructions!r:.40}", "text, or no such key")
     chats = [k for k in ("messages", "prompt", "chosen", "rejected") if k in result]
     for k in chats:
         check_messages(result[k])
@@ -1236,8 +1224,7 @@ def normalize(example):
     mode = example.get("mode") or {True: "think", False: "no_think"}.get(options.get("enable_thinking"))
     mode = mode or ("think" if any(map(THOUGHT.match, given)) else "no_think")
     mode = effective_mode(result.get("messages") or result["prompt"], mode)
-    if mode not in ("think", "no_think"):
-        raise ValueError(f"mode {mode!r}: expected think or no_think")
+    need(mode in ("think", "no_think"), f"mode {mode!r}", "think or no_think")
     result |= {k: [reasoned(m, mode) for m in result[k]] for k in chats} | dict(mode=mode)
     if "chosen" in result and result["chosen"] == result["rejected"]:
         raise Dropped("chosen and rejected differ in reasoning alone, and the mode is no_think")
@@ -1262,8 +1249,7 @@ def pack_best_fit(lengths, size):
     split. O(n log n), over the whole data set (TRL packs a thousand rows at a time)."""
     bins, spaces, holders = [], [], {}      # spaces: free spaces that some bin has, sorted; holders: space -> those bins
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        if not 0 <= lengths[i] <= size:
-            raise ValueError(f"length {lengths[i]} of item {i}: expected 0 to {size}")
+        need(0 <= lengths[i] <= size, f"length {lengths[i]} of item {i}", f"0 to {size}")
         at = bisect.bisect_left(spaces, lengths[i])
         if at == len(spaces):
             space, b = size, len(bins)
