@@ -532,16 +532,15 @@ def find_files(flag, spec):
     for item in filter(None, map(str.strip, spec.split(","))):
         name, where = ("", item) if "=" not in item or Path(item).exists() else item.split("=", 1)
         path = Path(where).expanduser()
-        pattern = "**/*" if flag == "text" else "**/*.jsonl"               # neither matches hidden files
-        found = [path / p for p in glob.glob(pattern, root_dir=path, recursive=True)] if path.is_dir() else \
-            [path] if path.exists() else map(Path, glob.glob(str(path), recursive=True))
-        found = [p for p in found if p.is_file()]
+        pattern = glob.escape(str(path)) if path.exists() else str(path)
+        if path.is_dir():
+            pattern += "/**/*" if flag == "text" else "/**/*.jsonl"        # neither matches hidden files
+        files = sorted(p for p in map(Path, glob.glob(pattern, recursive=True)) if p.is_file())
         if not path.is_file():      # what runs have left there is no text
-            runs = {p.parent for p in found if re.fullmatch(r"ckpt_\d+\.pt", p.name)}
+            runs = {p.parent for p in files if re.fullmatch(r"ckpt_\d+\.pt", p.name)}
             mine = r"ckpt_\d+\.pt|(config|scores)\.json|(metrics|pairs)\.jsonl"
-            found = [p for p in found if not (re.search(r"\.(train|val)\.(bin|json)$", p.name) or
+            files = [p for p in files if not (re.search(r"\.(train|val)\.(bin|json)$", p.name) or
                                               p.parent in runs and re.fullmatch(mine, p.name))]
-        files = sorted(found)
         need(files, f"--{flag}={item}: nothing found", "a file, a folder with files or a pattern")
         name = name or (path.stem if path.is_file() else path.resolve().name if path.is_dir() else path.parent.name)
         yield re.sub(r"[^\w.-]+", "_", name).strip("._") or flag, files
@@ -566,8 +565,7 @@ def read_rows(path, read, expected):
 def text_of(row):
     if row is None:
         return ""
-    if not isinstance(row.get("text"), str):
-        raise ValueError('no key "text" with a string')
+    need(isinstance(row.get("text"), str), 'no key "text" with a string', '{"text": "..."}')
     return row["text"]
 
 
@@ -983,9 +981,8 @@ def render(messages, mode="think", style="compact", tools=None, date=None, add_g
 
     mode = effective_mode(messages, mode)
     system = messages[0]["content"] if messages[0]["role"] == "system" else None
-    header = [start, "assistant\n"]
-    if mode == "no_think" and style != "chatml":
-        header += [think, "\n\n", thought, "\n"]
+    empty_thought = mode == "no_think" and style != "chatml"
+    header = [start, "assistant\n"] + [think, "\n\n", thought, "\n"] * empty_thought
     text = system_text(system, mode, style, tools, date)
     if text is not None:
         put(False, start, "system\n", *own_specials(text, style, tokenizer), end, "\n")
@@ -994,8 +991,8 @@ def render(messages, mode="think", style="compact", tools=None, date=None, add_g
         if role == "assistant":
             content = content.lstrip("\n")
             found = THOUGHT.match(content)
-            if found and mode == "no_think" and style != "chatml":
-                raise ValueError(f"message {i}: reasoning in mode no_think: expected none (normalize takes it out)")
+            need(not found or not empty_thought, f"message {i}: reasoning in mode no_think",
+                 "none (normalize takes it out)")
             put(False, *header)
             put(True, *([think, found[1], thought, content[found.end():]] if found else [content]), end)
             put(False, "\n")
@@ -1071,25 +1068,27 @@ def as_messages(value, role):
     return [dict(role=role, content=value)] if isinstance(value, str) else value
 
 
+def asked(messages, question):
+    """A list of messages that begins with a question, after a system message; where it does not, with `question`."""
+    roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
+    n = int(roles[:1] == ["system"])
+    return messages if roles[n:n + 1] == ["user"] else messages[:n] + as_messages(question, "user") + messages[n:]
+
+
 def pair_of(row, prompt):
-    """prompt, chosen, rejected as lists of messages. Without a prompt it is what both answers begin with; a text beside lists
-    that begin with a question is that question, and beside others what comes before them."""
-    chosen, rejected, before = row["chosen"], row["rejected"], []
+    """prompt, chosen, rejected as lists of messages. Without a prompt it is what both answers begin with."""
+    chosen, rejected = row["chosen"], row["rejected"]
     need(type(chosen) is type(rejected) and isinstance(chosen, str | list), "chosen and rejected",
          "two texts or two lists of messages")
     if chosen == rejected:
         raise Dropped("chosen and rejected are the same")
     if isinstance(prompt, str) and isinstance(chosen, list):
-        roles = [m.get("role") for m in chosen if isinstance(m, dict)]
-        first = roles[:1] == ["system"]
-        before, prompt = as_messages(prompt, "user") if "user" not in roles[:1 + first] else [], None
+        prompt, chosen, rejected = None, asked(chosen, prompt), asked(rejected, prompt)
     if prompt is None:
         n = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
         if isinstance(chosen, str):                                     # never in the middle of a word
             n = max(chosen.rfind(space, 0, n) + 1 for space in " \n\t")
         prompt, chosen, rejected = chosen[:n], chosen[n:], rejected[n:]
-        if before:      # after the system message
-            prompt = prompt[:first] + before + prompt[first:]
         need(prompt, "chosen and rejected begin differently", "a prompt")
     elif isinstance(prompt, list) and chosen[:len(prompt)] == prompt == rejected[:len(prompt)]:
         chosen, rejected = chosen[len(prompt):], rejected[len(prompt):]
@@ -1108,8 +1107,8 @@ def choices_of(row, question):
          "a list of two or more texts")
     need(labels is None or isinstance(labels, list) and len(labels) == len(choices), f"label {labels!r:.40}",
          f"one for each of the {len(choices)} choices")
-    for names in ([] if isinstance(answer, bool) else (range(len(choices)), labels or (), choices, "ABCDEFGHIJ")):
-        if answer in list(names)[:len(choices)]:
+    for names in (range(len(choices)), labels or (), choices, "ABCDEFGHIJ"):
+        if answer in list(names)[:len(choices)] and not isinstance(answer, bool):
             return dict(prompt=as_messages(question, "user"), choices=choices, answer=list(names).index(answer))
     raise ValueError(f"answer {answer!r:.40}: expected the index, label or text of one of the {len(choices)} choices")
 
@@ -1133,7 +1132,8 @@ def answered(question, answer):
          "text or a number")
     working, mark, final = str(answer).rpartition("####")
     if not mark and (box := boxed(final)) is not None:
-        working, mark, final = final, "\\boxed" * (final.strip(" $.") != f"\\boxed{{{box}}}"), box
+        alone = final.strip(" $.") == f"\\boxed{{{box}}}"      # no working beside it
+        working, mark, final = final, "" if alone else "\\boxed", box
     result = dict(prompt=as_messages(question, "user"), answer=clean_answer(final))
     need(result["answer"], "answer", f"something after {mark}" if mark else "some text")
     if mark:
@@ -1207,23 +1207,19 @@ def normalize(example):
     need(not options.get("xml_tools") and not options.get("python_tools"), "xml_tools, python_tools",
          "a list of JSON objects under tools")
     check_tools(tools)
-    name, keys = ("custom_instructions", options) if "custom_instructions" in options else ("system", example)
-    instructions = keys.get(name, "")
-    instructions = "" if name == "system" and instructions is None else instructions      # a column that few rows fill
-    need(isinstance(instructions, str), f"{name} {instructions!r:.40}", "text, or no such key")
+    instructions = options.get("custom_instructions", example.get("system") or "")      # a column that few rows fill
+    need(isinstance(instructions, str), f"system, custom_instructions {instructions!r:.40}", "text, or no such key")
     chats = [k for k in ("messages", "prompt", "chosen", "rejected") if k in result]
     for k in chats:
-        check_messages(result[k])
+        check_messages(result["prompt"] + result[k] if k in ("chosen", "rejected") else result[k])
         if k in ("messages", "prompt") and instructions and result[k][0]["role"] != "system":
             result[k] = [dict(role="system", content=instructions), *result[k]]
-        if k in ("chosen", "rejected"):
-            check_messages(result["prompt"] + result[k])
     if chats == ["prompt"]:
         return result
-    given = [m["content"].lstrip() for k in chats for m in result[k] if m["role"] == "assistant"]
-    mode = example.get("mode") or {True: "think", False: "no_think"}.get(options.get("enable_thinking"))
-    mode = mode or ("think" if any(map(THOUGHT.match, given)) else "no_think")
-    mode = effective_mode(result.get("messages") or result["prompt"], mode)
+    answers = [m["content"].lstrip() for k in chats for m in result[k] if m["role"] == "assistant"]
+    shown = "think" if any(map(THOUGHT.match, answers)) else "no_think"
+    flag = {True: "think", False: "no_think", None: shown}[options.get("enable_thinking")]
+    mode = effective_mode(result.get("messages") or result["prompt"], example.get("mode") or flag)
     need(mode in ("think", "no_think"), f"mode {mode!r}", "think or no_think")
     result |= {k: [reasoned(m, mode) for m in result[k]] for k in chats} | dict(mode=mode)
     if "chosen" in result and result["chosen"] == result["rejected"]:
@@ -1296,12 +1292,14 @@ def sums(n, test=False, start=0):
 def sum_answer(a, b, mode, rng):
     """A demonstration. In /no_think most are bare, some show their working, a few are wordy and check it: what reinforcement
     learning can lengthen must have been seen."""
-    working, style = "\n".join(column_sum(a, b)), rng.random()
+    working, check, luck = "\n".join(column_sum(a, b)), "\n".join(column_sum(b, a)), rng.random()
     if mode == "think":
         return f"<think>\n{working}\n</think>\n{a + b}"
-    check = "\n".join(column_sum(b, a))
-    return (f"{a + b}" if style < 0.7 else f"{working}\n{a + b}" if style < 0.9 else
-            f"Let me add {a} and {b}.\n{working}\nLet me check.\n{check}\n{a + b}")
+    if luck < 0.7:
+        return f"{a + b}"
+    if luck < 0.9:
+        return f"{working}\n{a + b}"
+    return f"Let me add {a} and {b}.\n{working}\nLet me check.\n{check}\n{a + b}"
 
 
 def sum_chats(n):
@@ -1392,29 +1390,38 @@ def show_chat(ids, mask, tokenizer):
         print((before if trained else grey) + tokenizer.decode([i for i, _ in part]), end=after if trained else plain)
 
 
+def rendered(row, name, style, tokenizer):
+    """What a row has under `name` -> (ids, mask): of a text all is trained, of a pair only what follows the prompt."""
+    if name == "text":
+        ids = [*tokenizer.encode(row["text"]), tokenizer.eos]
+        return ids, [1] * len(ids)
+    how = dict(mode=row["mode"], style=style, tools=row.get("tools"), tokenizer=tokenizer)
+    if name == "messages":
+        return render(row["messages"], **how)
+    ids, mask = render(row["prompt"] + row[name], **how)
+    shared = len(render(row["prompt"], add_generation_prompt=True, **how)[0])
+    return ids, [0] * shared + mask[shared:]
+
+
 def show_chats(cfg, tokenizer, limit=5):
     """--show: print the first rows, of pairs both answers; render them all, count, and return the counts."""
     dropped, counts = {}, Counter(rows=0, chats=0, tokens=0, trained=0)
-    for where, row in [("sums", row) for row in sum_chats(2)] if cfg.show == "sums" else read_examples(cfg.show, dropped):
+    rows = [("sums", row) for row in sum_chats(2)] if cfg.show == "sums" else read_examples(cfg.show, dropped)
+    for where, row in rows:
         counts["rows"] += 1
         names = [k for k in ("messages", "chosen", "rejected", "text") if k in row]
-        how = dict(mode=row.get("mode"), style=cfg.style, tools=row.get("tools"), tokenizer=tokenizer)
+        if not names and counts["rows"] <= limit:
+            print(f"--- {where}: {json.dumps(row)}")
         for name in names:
-            before = [] if name == "messages" else row.get("prompt", [])
             try:
-                ids, mask = (tokenizer.encode(row["text"]) + [tokenizer.eos], None) if name == "text" else \
-                    render(before + row[name], **how)
-                shared = len(render(before, add_generation_prompt=True, **how)[0]) if before else 0
+                ids, mask = rendered(row, name, cfg.style, tokenizer)
             except ValueError as error:
                 raise ValueError(f"{where}: {error}") from None
-            mask = [0] * shared + (mask or [1] * len(ids))[shared:]     # of pairs only what follows the prompt
             counts.update(chats=name != "text", tokens=len(ids), trained=sum(mask))
             if counts["rows"] <= limit:
                 print(f"--- {where}, {name}, mode {row.get('mode')}: {len(ids)} tokens, {sum(mask)} trained")
                 show_chat(ids, mask, tokenizer)
                 print("\n" * (name == "text"), end="")
-        if not names and counts["rows"] <= limit:
-            print(f"--- {where}: {json.dumps(row)}")
     print(f"\n{counts['rows']} rows: {counts['chats']} chats, {counts['tokens']} tokens, {counts['trained']} of them trained"
           + "".join(f"; {n} more rows dropped: {reason}" for reason, n in dropped.items()))
     return counts

@@ -401,7 +401,7 @@ BAD_ROWS = [
     (dict(chosen=[U("a"), A("b")], rejected=[U("c"), A("b")]), "begin differently: expected a prompt"),
     (dict(chosen="a", rejected=[A("b")]), "expected two texts or two lists of messages"),
     (dict(chosen=1, rejected=2), "expected two texts or two lists"),
-    (dict(prompt="p", chosen=[U("p"), A(None)], rejected=[U("p"), A("x")]), "message 0: content None: expected"),
+    (dict(prompt="p", chosen=[U("p"), A(None)], rejected=[U("p"), A("x")]), "message 1: content None: expected"),
     (dict(Q, choices=["a"], answer=0), "choices: expected a list of two"),
     (dict(Q, choices=["a", ""], answer=0), "choices: expected"), (dict(Q, choices="ab", answer=0), "choices: expected"),
     (dict(Q, choices=["a", "b"], answer="C"), "answer 'C': expected the index, label or text"),
@@ -648,7 +648,7 @@ def test_a_system_prompt_beside_a_chat_is_its_first_message():
         assert data.normalize(row | dict(system="Be rude."))["messages"] == [S("Be rude."), U("Hi"), A("Go")]
         assert data.normalize(row | dict(system=""))["messages"] == [U("Hi"), A("Go")]
         assert data.normalize(row | dict(system=None)) == data.normalize(row)      # a column that few rows fill
-        with pytest.raises(ValueError, match="system 5: expected text, or no such key"):
+        with pytest.raises(ValueError, match="system, custom_instructions 5: expected text, or no such key"):
             data.normalize(row | dict(system=5))
     assert data.normalize(dict(messages=[S("own"), U("Hi"), A("Go")], system="other"))["messages"][0] == S("own")
 
