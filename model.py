@@ -62,15 +62,12 @@ class Config:
 
     def __post_init__(self):
         H, KV = self.num_attention_heads, self.num_key_value_heads
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
-                     "max_position_embeddings"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name}={getattr(self, name)}: at least 1 expected")
-        for name in ("vocab_size", "head_dim", "sliding_window", "attention_chunk", "no_rope_layer_interval", "rms_norm_eps",
-                     "initializer_range", "original_max_position_embeddings", "kv_lora_rank", "qk_rope_head_dim",
-                     "num_experts", "moe_intermediate_size", "num_shared_experts", "router_aux_loss_coef"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name}={getattr(self, name)}: 0 or more expected")
+        needed = ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                  "max_position_embeddings")
+        for name in (f.name for f in dataclasses.fields(Config)):
+            least = 1 if name in needed else 0
+            if getattr(self, name) < least:
+                raise ValueError(f"{name}={getattr(self, name)}: {least} or more expected")
         if self.rope_theta <= 1 or self.rope_factor < 1:
             raise ValueError(f"rope_theta={self.rope_theta}, rope_factor={self.rope_factor}: more than 1, and 1 or more expected")
         if H % KV:
@@ -809,29 +806,32 @@ def read_checkpoint(directory, fold=True):
     """Newest readable checkpoint in a run directory (or one .pt file) -> the dict that save_checkpoint wrote, and its own
     path and crc; of a Hugging Face directory the same. fold: adapters (LoRA) become part of the weights that they belong to."""
     files = [Path(directory)] if Path(directory).is_file() else checkpoints(directory)
-    if not files and any(Path(directory).glob("*.safetensors")):
+    if files:
+        state = next(filter(None, map(read_file, files)), None)
+        if state is None:
+            raise SystemExit(f"{directory}: none of the {len(files)} checkpoints is readable")
+    elif any(Path(directory).glob("*.safetensors")):
         state = hf_checkpoint(directory)
-        return state | dict(model=load_checkpoint(state)[0].state_dict()) if fold else state
-    if not files:
+    else:
         raise SystemExit(f"{directory}: no checkpoint (ckpt_*.pt) here: a directory written by train.py expected, or config.json "
                          f"and .safetensors")
-    for path in files:
-        try:
-            with zipfile.ZipFile(path) as z:  # torch does not look at the checksums that it writes
-                if z.testzip():
-                    raise ValueError("checksum error")
-                crc = zlib.crc32(repr([i.CRC for i in z.infolist()]).encode())
-            state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # ranks of a machine share the memory
-            state |= dict(path=str(path), crc=crc, model_config=Config(**state["model_config"]))
-            state["model"]  # without one it is none of ours
-            break
-        except Exception as e:  # truncated, corrupt, foreign: half a dozen exception types
-            print(f"WARNING: {path} is no readable checkpoint ({type(e).__name__}: {str(e)[:80]})", file=sys.stderr)
-    else:
-        raise SystemExit(f"{directory}: none of the {len(files)} checkpoints is readable")
-    if state.get("lora") and fold:
-        state["model"] = load_checkpoint(directory)[0].state_dict()
+    if fold and (state["model"] is None or state.get("lora")):
+        state["model"] = load_checkpoint(state)[0].state_dict()
     return state
+
+
+def read_file(path):
+    """A checkpoint file -> its content, path and crc; None, and a warning, if it is none."""
+    try:
+        with zipfile.ZipFile(path) as z:  # torch does not look at the checksums that it writes
+            if z.testzip():
+                raise ValueError("checksum error")
+            crc = zlib.crc32(repr([i.CRC for i in z.infolist()]).encode())
+        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)  # ranks of a machine share memory
+        state["model"]  # without one it is none of ours
+        return state | dict(path=str(path), crc=crc, model_config=Config(**state["model_config"]))
+    except Exception as e:  # truncated, corrupt, foreign: half a dozen exception types
+        print(f"WARNING: {path} is no readable checkpoint ({type(e).__name__}: {str(e)[:80]})", file=sys.stderr)
 
 
 def empty_model(config, device, dtype, tp):
@@ -899,29 +899,27 @@ def hf_fields(path):
         raise SystemExit(f"{path}: {name}={json.dumps(value)}: {expected} expected")
     c = json.loads(Path(path).read_text(encoding="utf-8"))
     kind = c.pop("model_type")
-    c = HF_DEFAULTS[kind] | c
+    follow = ("num_key_value_heads", "head_dim")  # null: from the others
+    c = HF_DEFAULTS[kind] | {name: value for name, value in c.items() if value is not None or name not in follow}
     c |= hf_rope(c, refuse)
     layers, types = c.pop("no_rope_layers", None), set(c.pop("layer_types", None) or ["full_attention"])
     c["no_rope_layer_interval"] = 0 if layers and all(layers) else c["no_rope_layer_interval"]  # 1: this layer has RoPE
-    fields = set(Config.__dataclass_fields__) - {*HF_LACKS, *HF_DETAILS}
+    kinds = {f.name: f.type for f in dataclasses.fields(Config) if f.name not in HF_LACKS + HF_DETAILS}
     for name, value in c.items():
-        if name in HF_ONLY and value != HF_ONLY[name]:
-            refuse(name, value, json.dumps(HF_ONLY[name]))
-        if name not in HF_ONLY and name not in HF_IRRELEVANT | fields:
+        if name in HF_ONLY:
+            if value != HF_ONLY[name]:
+                refuse(name, value, json.dumps(HF_ONLY[name]))
+        elif name in kinds:
+            if not isinstance(value, (kinds[name], int)):
+                refuse(name, value, kinds[name].__name__)
+        elif name not in HF_IRRELEVANT:
             refuse(name, value, "nothing of that name")
-        wanted = Config.__dataclass_fields__[name].type if name in fields else object
-        if not isinstance(value, (wanted, int)) and (value is not None or name not in ("num_key_value_heads", "head_dim")):
-            refuse(name, value, wanted.__name__)
     if missing := [name for name in HF_SHAPE if name not in c]:
         raise SystemExit(f"{path}: {', '.join(missing)} expected")
-    if not c.get("num_key_value_heads"):
-        c["num_key_value_heads"] = c["num_attention_heads"]
-    if (c.get("head_dim") or 0) * c["num_attention_heads"] == c["hidden_size"] or c.get("head_dim") is None:
-        c["head_dim"] = 0  # it follows from the others
-    try:
-        config = Config(**{name: value for name, value in c.items() if name in fields})
-    except (ValueError, TypeError) as e:
-        raise SystemExit(f"{path}: {e}") from None
+    c.setdefault("num_key_value_heads", c["num_attention_heads"])
+    if c.get("head_dim", 0) * c["num_attention_heads"] == c["hidden_size"]:
+        c["head_dim"] = 0  # as in our own
+    config = Config(**{name: value for name, value in c.items() if name in kinds})
     if layers and layers != [int(config.uses_rope(i)) for i in range(config.num_hidden_layers)]:
         refuse("no_rope_layers", layers, "0 at every no_rope_layer_interval-th place, or nowhere,")
     if types != {"full_attention"}:

@@ -484,7 +484,7 @@ def test_bfloat16_generation_leaves_the_model_in_float32():
 # --- configuration ---------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("change, message", [
-    *((dict([(name, 0)]), f"{name}=0: at least 1 expected") for name in ("hidden_size", "intermediate_size", "num_hidden_layers",
+    *((dict([(name, 0)]), f"{name}=0: 1 or more expected") for name in ("hidden_size", "intermediate_size", "num_hidden_layers",
       "num_attention_heads", "num_key_value_heads", "max_position_embeddings")),
     (dict(num_key_value_heads=3), "num_key_value_heads=3: a divisor of num_attention_heads=4"),
     (dict(num_key_value_heads=8), "num_key_value_heads=8: a divisor"),
