@@ -880,6 +880,7 @@ HF_ONLY = dict(hidden_act="silu", attention_bias=False, mlp_bias=False, attentio
 HF_IRRELEVANT = {"architectures", "bos_token_id", "eos_token_id", "pad_token_id", "use_cache", "dtype", "torch_dtype",
                  "transformers_version", "_name_or_path", "sliding_window", "max_window_layers", "pretraining_tp",
                  "is_llama_config", "transformers.js_config"}  # of no consequence for logits, given the values above
+ROPE = ("rope_theta", "rope_factor", "original_max_position_embeddings")
 HF_LACKS = ("qk_norm", "sliding_window", "attention_chunk", "kv_lora_rank", "num_experts")  # their SmolLM3 and Llama, that is
 HF_DETAILS = ("qk_rope_head_dim", "num_experts_per_tok", "moe_intermediate_size", "num_shared_experts", "router_aux_loss_coef")
 
@@ -1026,6 +1027,25 @@ def from_hf(directory, device="cpu", dtype=torch.float32, tp=None, vocab_size=0)
     return model
 
 
+def hf_json(c, dtype):
+    """Config -> the content of a config.json: the way back from hf_fields."""
+    ours = (*HF_LACKS, *HF_DETAILS, *ROPE[1:], "no_rope_layer_interval")
+    result = {name: value for name, value in dataclasses.asdict(c).items() if name not in ours}
+    result |= {name: HF_ONLY[name] for name in ("hidden_act", "attention_bias", "mlp_bias", "attention_dropout")}
+    rope = dict(rope_type="default", rope_theta=c.rope_theta)
+    if c.rope_factor > 1:
+        trained = c.original_max_position_embeddings or round(c.max_position_embeddings / c.rope_factor)  # as in yarn()
+        rope |= dict(rope_type="yarn", factor=c.rope_factor, original_max_position_embeddings=trained)
+        result["rope_scaling"] = rope  # transformers 4 reads no rope_parameters
+    result |= dict(rope_parameters=rope, head_dim=c.head_size, dtype=str(dtype)[6:], torch_dtype=str(dtype)[6:])
+    if not c.no_rope_layer_interval:
+        return result | dict(architectures=["LlamaForCausalLM"], model_type="llama")
+    layers = [int(c.uses_rope(i)) for i in range(c.num_hidden_layers)]
+    return result | dict(architectures=["SmolLM3ForCausalLM"], model_type="smollm3", use_sliding_window=False,
+                         no_rope_layer_interval=c.no_rope_layer_interval, no_rope_layers=layers,
+                         layer_types=["full_attention" for _ in layers])
+
+
 def to_hf(model, directory, tokenizer=None, style="", dtype=torch.bfloat16, shard_bytes=5_000_000_000, card=""):
     """The way back: what transformers' AutoModelForCausalLM, AutoTokenizer and pipeline load without code of ours. Weights in files
     of up to shard_bytes; style: of the chat template, none if empty; card: the text of README.md. SmolLM3ForCausalLM, or
@@ -1034,31 +1054,16 @@ def to_hf(model, directory, tokenizer=None, style="", dtype=torch.bfloat16, shar
     if any(getattr(c, name) for name in HF_LACKS) or model.tp is not None:
         raise SystemExit("".join(f"{name}={getattr(c, name)}, " for name in HF_LACKS) + f"tp={model.tp is not None}: "
                          f"none of them expected: transformers' SmolLM3 and Llama have no such thing")
-    kind, theirs = ("smollm3", "SmolLM3ForCausalLM") if c.no_rope_layer_interval else ("llama", "LlamaForCausalLM")
-    if kind == "llama" and c.hidden_size % c.num_attention_heads:
+    if not c.no_rope_layer_interval and c.hidden_size % c.num_attention_heads:
         raise SystemExit(f"hidden_size={c.hidden_size}: a multiple of num_attention_heads={c.num_attention_heads} expected: "
                          f"transformers refuses other Llamas")
-    if tokenizer and tokenizer.size > c.vocab_size:
-        raise SystemExit(f"vocab_size={c.vocab_size}: the {tokenizer.size} of tokenizer {tokenizer.name}, or more, expected")
-    special, ids = tokenizer.special if tokenizer else {}, dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
+    ids = dict(bos_token_id=None, eos_token_id=None, pad_token_id=None)
     if tokenizer:
-        ends = ["<|im_end|>"] * bool(style) + ["<|endoftext|>"]
-        ids = dict(bos_token_id=tokenizer.bos, eos_token_id=[special[s] for s in ends], pad_token_id=special["<|pad|>"])
-    rope, ours = dict(rope_type="default", rope_theta=c.rope_theta), dataclasses.asdict(c)
-    scaling = {}
-    if c.rope_factor > 1:
-        trained = c.original_max_position_embeddings or round(c.max_position_embeddings / c.rope_factor)  # as yarn() has it
-        rope |= dict(rope_type="yarn", factor=c.rope_factor, original_max_position_embeddings=trained)
-        scaling = dict(rope_scaling=rope)  # transformers 4 reads no rope_parameters
-    config = {k: v for k, v in ours.items() if k not in (*HF_LACKS, *HF_DETAILS, "no_rope_layer_interval", "rope_factor",
-                                                         "original_max_position_embeddings")}
-    config |= dict(architectures=[theirs], model_type=kind, head_dim=c.head_size, dtype=str(dtype)[6:], torch_dtype=str(dtype)[6:],
-                   rope_parameters=rope, **scaling, **ids,
-                   **{k: HF_ONLY[k] for k in ("hidden_act", "attention_bias", "mlp_bias", "attention_dropout")})
-    if kind == "smollm3":
-        layers = range(c.num_hidden_layers)
-        config |= dict(no_rope_layer_interval=c.no_rope_layer_interval, no_rope_layers=[int(c.uses_rope(i)) for i in layers],
-                       use_sliding_window=False, layer_types=["full_attention" for _ in layers])
+        if tokenizer.size > c.vocab_size:
+            raise SystemExit(f"vocab_size={c.vocab_size}: the {tokenizer.size} of tokenizer {tokenizer.name}, or more, "
+                             f"expected")
+        ends = [tokenizer.special["<|im_end|>"]] * bool(style) + [tokenizer.eos]
+        ids = dict(bos_token_id=tokenizer.bos, eos_token_id=ends, pad_token_id=tokenizer.special["<|pad|>"])
     files, size = [{}], 0
     for n, p in model.named_parameters():
         size += p.numel() * dtype.itemsize
@@ -1086,7 +1091,7 @@ def to_hf(model, directory, tokenizer=None, style="", dtype=torch.bfloat16, shar
         write_json(directory / "generation_config.json", ids | dict(max_new_tokens=c.max_position_embeddings // 2))
     if card:
         (directory / "README.md").write_text(card, encoding="utf-8")
-    write_json(directory / "config.json", config)  # last: without it nobody takes the directory for a model
+    write_json(directory / "config.json", hf_json(c, dtype) | ids)  # last: without it, it is no model for anybody
 
 
 def model_card(config, extra, name):
@@ -1156,9 +1161,6 @@ class Options(Config, Machine):
     bench: bool = False          # measure decoding on random weights
     batch: int = 32              # --bench, --prompt_file, --num_samples: rows at a time
     prompt_tokens: int = 32      # --bench: tokens in each prompt
-
-
-ROPE = ("rope_theta", "rope_factor", "original_max_position_embeddings")
 
 
 def extend(config, cfg):
@@ -1288,9 +1290,21 @@ COMMANDS = ("/think and /no_think switch, /system TEXT begins anew under that, /
             "Ctrl-C: enough")
 
 
+def remembered(messages, mode, style, tokenizer, room):
+    """-> (messages without the oldest turns, so that `room` tokens hold them or the last one is alone; their ids)."""
+    from data import reasoned, render
+    first = sum(m["role"] == "system" for m in messages)
+    while True:
+        shown = [reasoned(m, mode) for m in messages]
+        ids, _ = render(shown, mode, style, add_generation_prompt=True, tokenizer=tokenizer)
+        if len(ids) <= room or len(messages) <= first + 1:
+            return messages, ids
+        messages = messages[:first] + messages[first + 2:]
+
+
 def chat(model, tokenizer, style, stop, cfg):
     """Talk until the end of the input -> {"messages": [...]}. Turns that no longer fit are forgotten, the oldest first."""
-    from data import effective_mode, reasoned, render
+    from data import effective_mode
     keyboard, messages, mode, turn = sys.stdin.isatty(), [], cfg.mode, 0
     window = min(cfg.context, model.config.max_position_embeddings)
     if keyboard:
@@ -1318,14 +1332,9 @@ def chat(model, tokenizer, style, stop, cfg):
             continue
         if not line:
             continue
-        n = sum(m["role"] == "system" for m in messages)
-        kept, turn = [*messages, dict(role="user", content=line)], turn + 1
-        now = effective_mode(kept, mode)
-        while True:
-            ids, _ = render([reasoned(m, now) for m in kept], now, style, add_generation_prompt=True, tokenizer=tokenizer)
-            if len(ids) <= window - min(cfg.max_new_tokens, window // 4) or len(kept) <= n + 1:
-                break
-            del kept[n:n + 2]
+        asked, turn = [*messages, dict(role="user", content=line)], turn + 1
+        room = window - min(cfg.max_new_tokens, window // 4)
+        kept, ids = remembered(asked, effective_mode(asked, mode), style, tokenizer, room)
         if len(ids) >= window:
             print(f"{len(ids)} tokens: fewer than {window} expected (--context, max_position_embeddings)", file=sys.stderr)
             continue
