@@ -78,10 +78,14 @@ class Tokenizer:
     def __init__(self, name, encode_array, pieces, special, size, bos=None):
         self.name, self.state, self.encode_array, self.size, self.bos = name, name, encode_array, size, bos
         self.special, spare = dict(special), [s for s in special if "reserved" in s]
-        for s in (s for s in SPECIALS if s not in special):     # it has another name, or takes a reserved id, or a new one
-            known = [special[a] for a in ALIASES.get(s, ()) if a in special]
-            self.special[s] = known[0] if known else self.special.pop(spare.pop(0)) if spare else self.size
-            self.size = max(self.size, self.special[s] + 1)
+        for s in SPECIALS:
+            known = [special[name] for name in (s, *ALIASES.get(s, ())) if name in special]
+            if known:
+                self.special[s] = known[0]
+            elif spare:
+                self.special[s] = self.special.pop(spare.pop(0))
+            else:
+                self.special[s], self.size = self.size, self.size + 1
         self.pieces = pieces | {i: s.encode() for s, i in reversed(self.special.items())}       # id -> bytes
         self.eos, self.vocab_size = self.special[SPECIALS[0]], -(-self.size // 64) * 64
 
@@ -209,14 +213,15 @@ def read_tokenizer(path):
     files = [f for f in (path / "tokenizer.json", path / "tokenizer.model") if f.is_file()] if path.is_dir() else [path]
     need(files, f"--tokenizer={path}", "a tokenizer.json or a tokenizer.model in it")
     try:
-        file = files[0].with_name("tokenizer_config.json")
+        file = files[0].with_name("tokenizer_config.json")      # file: the one that an error is about
         eos = json.loads(file.read_text(encoding="utf-8")).get("eos_token") if file.exists() else None
-        eos, file = eos["content"] if isinstance(eos, dict) else eos, files[0]
+        eos = eos["content"] if isinstance(eos, dict) else eos
+        file = files[0]
         raw = file.read_bytes()
         spec = json_spec(json.loads(raw)) if raw.lstrip()[:1] == b"{" else rank_spec(raw)
-        special = spec["special"]
-        if eos in special and eos != "<|im_end|>" and not {SPECIALS[0], *ALIASES[SPECIALS[0]]} & set(special):
-            special[SPECIALS[0]] = special.pop(eos)     # a name that we do not know: only the files say what ends a document
+        special, end = spec["special"], SPECIALS[0]
+        if eos in special and eos != "<|im_end|>" and not {end, *ALIASES[end]} & set(special):
+            special[end] = special.pop(eos)     # a name that we do not know: only the files say what ends a document
         result, plain = bpe_tokenizer(**spec), get_tokenizer("bytes")
     except Exception as error:      # broken files raise all kinds of it
         told = str(error) if ": expected" in str(error) else f"{type(error).__name__} {one_line(error)}: expected byte-level BPE"
@@ -413,8 +418,8 @@ def read_meta(path):
         raise ValueError(f"{sidecar}: {one_line(error)}: expected the sidecar that belongs to {path}") from None
 
 
-def open_bin(path, vocab_size=None, tokenizer=None, verify=False):
-    """Token file -> read-only memmap (tokens,) uint16 | uint32, checked against its sidecar and the arguments."""
+def open_bin(path, tokenizer=None, verify=False):
+    """Token file -> read-only memmap (tokens,) uint16 | uint32, checked against its sidecar and a tokenizer's name."""
     path, meta = Path(path), read_meta(path)
     need(meta["dtype"] in ("uint16", "uint32"), f"{path}: dtype {meta['dtype']!r} in its sidecar", "uint16 or uint32")
     need(tokenizer in (None, meta["tokenizer"]), f"{path}: made with tokenizer {meta['tokenizer']}", tokenizer)
@@ -423,7 +428,7 @@ def open_bin(path, vocab_size=None, tokenizer=None, verify=False):
     need(size == whole, f"{path}: {size} bytes, truncated or not {meta['dtype']}",
          f"{whole} for {meta['tokens']} tokens; delete it to rebuild")
     need(size, f"{path}: empty corpus", "at least one token")
-    tokens, limit, edge = np.memmap(path, dtype, "r"), vocab_size or meta["vocab_size"], 2**26 // dtype.itemsize
+    tokens, limit, edge = np.memmap(path, dtype, "r"), meta["vocab_size"], 2**26 // dtype.itemsize
     # The first and last 64 MB only: a wrong dtype or tokenizer shows at once, and reading terabytes would take hours.
     highest = max(tokens[:edge].max(), tokens[-edge:].max())
     need(highest < limit, f"{path}: holds token {highest}", f"ids below the vocabulary size {limit}")
@@ -569,10 +574,6 @@ def text_of(row):
     return row["text"]
 
 
-def read_jsonl(path):
-    return read_rows(path, text_of, '{"text": "..."}')
-
-
 def read_hf(name, limit):
     try:
         import datasets
@@ -586,7 +587,8 @@ def read_hf(name, limit):
 def find_sources(text, jsonl, hf, hf_docs, passkey=0):
     """{source: (function that yields its documents, JSON-able identity: when it changes, the files are built anew)}"""
     found = []
-    for flag, spec, read in (("text", text, lambda path: [path.read_bytes()]), ("jsonl", jsonl, read_jsonl)):
+    for flag, spec, read in (("text", text, lambda path: [path.read_bytes()]),
+                             ("jsonl", jsonl, lambda path: read_rows(path, text_of, '{"text": "..."}'))):
         for name, files in find_files(flag, spec):
             identity = [flag, *((str(p.resolve()), p.stat().st_size, p.stat().st_mtime_ns) for p in files)]
             found.append((name, lambda f=files, read=read: itertools.chain.from_iterable(map(read, f)), identity))

@@ -1010,17 +1010,18 @@ def from_hf(directory, device="cpu", dtype=torch.float32, tp=None, vocab_size=0)
     for file, name, weight in hf_weights(directory):
         if name == "lm_head.weight" and config.tie_word_embeddings or name.endswith("rotary_emb.inv_freq"):
             continue  # the embedding again, and what follows from rope_theta
-        p, shape = wanted.pop(name, None), weight.get_shape()
-        whole = p is not None and [n * (tp.size() if tp and i == p.tp_dim else 1) for i, n in enumerate(p.shape)]
-        grown = whole and name in ("lm_head.weight", "model.embed_tokens.weight") and config.vocab_size - rows
-        if grown:
-            whole[0] = rows
-        if shape != whole:
-            raise SystemExit(f"{file}: {name} {shape}: " + (f"{whole} expected" if whole else "no such weight, or twice"))
+        if name not in wanted:
+            raise SystemExit(f"{file}: {name} {weight.get_shape()}: no such weight, or twice")
+        p, new = wanted.pop(name), 0
+        shape = [n * (tp.size() if tp and i == p.tp_dim else 1) for i, n in enumerate(p.shape)]
+        if name in ("lm_head.weight", "model.embed_tokens.weight"):
+            shape[0], new = rows, config.vocab_size - rows
+        if weight.get_shape() != shape:
+            raise SystemExit(f"{file}: {name} {weight.get_shape()}: {shape} expected")
+        w = weight[:]
+        if new:
+            w = torch.cat((w, w.float().mean(0, keepdim=True).to(w.dtype).expand(new, -1)))
         with torch.no_grad():
-            w = weight[:]
-            if grown:
-                w = torch.cat((w, w.float().mean(0, keepdim=True).to(w.dtype).expand(grown, -1)))
             p.copy_(shard(w, p.tp_dim, tp))
     if wanted:
         raise SystemExit(f"{directory}: {len(wanted)} weights are missing, {next(iter(wanted))} among them")

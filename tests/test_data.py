@@ -95,7 +95,7 @@ def edit_sidecar(path, **changes):
 
 
 def test_token_file_holds_the_documents_and_the_sidecar_counts_them(token_file):
-    assert data.open_bin(token_file, 320, "bytes").tolist() == [97, 98, 99, 256, 255, 0, 256]
+    assert data.open_bin(token_file, "bytes").tolist() == [97, 98, 99, 256, 255, 0, 256]
     meta = data.read_meta(token_file)
     assert (meta["documents"], meta["bytes"], meta["tokens"], meta["dtype"], meta["note"]) == (2, 5, 7, "uint16", 1)
     assert token_file.read_bytes() == bytes([97, 0, 98, 0, 99, 0, 0, 1, 255, 0, 0, 0, 0, 1])
@@ -114,7 +114,7 @@ def test_large_vocabulary_is_written_as_uint32(tmp_path):
     (dict(dtype="uint32"), {}, "14 bytes.*expected 28"),
     (dict(tokens=8), {}, "14 bytes.*expected 16 for 8 tokens"),
     (dict(tokens="7"), {}, "whole number"),
-    ({}, dict(vocab_size=256), "token 256: expected ids below the vocabulary size 256"),
+    (dict(vocab_size=256), {}, "token 256: expected ids below the vocabulary size 256"),
     ({}, dict(tokenizer="gpt2"), "made with tokenizer bytes: expected gpt2"),
     (dict(sha256="0"), dict(verify=True), "other content than recorded"),
 ])
