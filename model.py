@@ -1047,10 +1047,10 @@ def hf_json(c, dtype):
                          layer_types=["full_attention" for _ in layers])
 
 
-def to_hf(model, directory, tokenizer=None, style="", dtype=torch.bfloat16, shard_bytes=5_000_000_000, card=""):
-    """The way back: what transformers' AutoModelForCausalLM, AutoTokenizer and pipeline load without code of ours. Weights in files
-    of up to shard_bytes; style: of the chat template, none if empty; card: the text of README.md. SmolLM3ForCausalLM, or
-    LlamaForCausalLM where all layers have RoPE. Without tensor parallelism."""
+def to_hf(model, directory, tokenizer=None, style="", dtype=torch.bfloat16, card=""):
+    """The way back: what transformers' AutoModelForCausalLM, AutoTokenizer and pipeline load without code of ours, as a
+    SmolLM3ForCausalLM, or LlamaForCausalLM where all layers have RoPE. Without tensor parallelism.
+    style: of the chat template, none if empty; card: the text of README.md."""
     safetensors, directory, c = _safetensors(), Path(directory), model.config
     if any(getattr(c, name) for name in HF_LACKS) or model.tp is not None:
         raise SystemExit("".join(f"{name}={getattr(c, name)}, " for name in HF_LACKS) + f"tp={model.tp is not None}: "
@@ -1065,28 +1065,15 @@ def to_hf(model, directory, tokenizer=None, style="", dtype=torch.bfloat16, shar
                              f"expected")
         ends = [tokenizer.special["<|im_end|>"]] * bool(style) + [tokenizer.eos]
         ids = dict(bos_token_id=tokenizer.bos, eos_token_id=ends, pad_token_id=tokenizer.special["<|pad|>"])
-    files, size = [{}], 0
-    for n, p in model.named_parameters():
-        size += p.numel() * dtype.itemsize
-        if size > shard_bytes and files[-1]:
-            files, size = files + [{}], p.numel() * dtype.itemsize
-        files[-1][n if n.startswith("lm_head") else f"model.{n}"] = p.detach()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        full = any(directory.iterdir())
+        if any(directory.iterdir()):
+            raise OSError("nothing is written over")
     except OSError as e:
-        raise SystemExit(f"{directory}: {e.strerror}: an empty directory expected") from None
-    if full:
-        raise SystemExit(f"{directory}: an empty directory expected: nothing is written over")
-    n = len(files)
-    names = [f"model-{i:05d}-of-{n:05d}.safetensors" for i in range(1, n + 1)] if n > 1 else ["model.safetensors"]
-    for name, weights in zip(names, files):
-        weights = {k: w.to("cpu", dtype).contiguous() for k, w in weights.items()}
-        safetensors.torch.save_file(weights, directory / name, {"format": "pt"})
-    if n > 1:
-        total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-        write_json(directory / "model.safetensors.index.json", dict(metadata=dict(total_size=total), weight_map={
-            k: name for name, weights in zip(names, files) for k in weights}))
+        raise SystemExit(f"{directory}: {e}: an empty directory expected") from None
+    weights = {n if n.startswith("lm_head") else f"model.{n}": p.detach().to("cpu", dtype).contiguous()
+               for n, p in model.named_parameters()}
+    safetensors.torch.save_file(weights, directory / "model.safetensors", {"format": "pt"})
     if tokenizer:
         tokenizer.to_hf(directory, style, c.max_position_embeddings)
         write_json(directory / "generation_config.json", ids | dict(max_new_tokens=c.max_position_embeddings // 2))
