@@ -79,10 +79,10 @@ class Tokenizer:
         self.name, self.state, self.encode_array, self.size, self.bos = name, name, encode_array, size, bos
         self.special, spare = dict(special), [s for s in special if "reserved" in s]
         for s in SPECIALS:
-            known = [special[name] for name in (s, *ALIASES.get(s, ())) if name in special]
+            known = [special[other] for other in (s, *ALIASES.get(s, ())) if other in special]
             if known:
                 self.special[s] = known[0]
-            elif spare:
+            elif spare:     # a reserved id
                 self.special[s] = self.special.pop(spare.pop(0))
             else:
                 self.special[s], self.size = self.size, self.size + 1

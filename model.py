@@ -290,17 +290,23 @@ def attend_by_hand(q, k, v, bias):
     return torch.cat(parts, dim=2).to(q.dtype)
 
 
+def near(i, j, first, window, chunk):
+    """Is place j within the window of place i, and in the same chunk, counted from place `first`?"""
+    keep = True
+    if window:
+        keep = i - j < window
+    if chunk:
+        keep = keep & ((i - first) // chunk == (j - first) // chunk)
+    return keep
+
+
 def visible(T, device, doc_ids=None, window=0, chunk=0):
     """Who may look at whom: bool (B or 1, T, T): not the future, not other documents, not beyond the window or the chunk. A
     document's first chunk begins with it, so that a packed document is what it is alone."""
-    i = torch.arange(T, device=device)
-    keep = i[:, None] >= i
-    if window:
-        keep = keep & (i[:, None] - i < window)
-    if chunk:
-        first = 0 if doc_ids is None else (i * F.pad(doc_ids.diff(dim=1) != 0, (1, 0))).cummax(dim=1).values  # (B, T)
-        part = (i - first) // chunk
-        keep = keep & (part[..., :, None] == part[..., None, :])
+    i, first = torch.arange(T, device=device), 0
+    if chunk and doc_ids is not None:
+        first = (i * F.pad(doc_ids.diff(dim=1) != 0, (1, 0))).cummax(dim=1).values[..., None]  # (B, T, 1)
+    keep = (i[:, None] >= i) & near(i[:, None], i, first, window, chunk)
     return keep[None] if doc_ids is None else keep & (doc_ids[:, :, None] == doc_ids[:, None, :])
 
 
@@ -566,19 +572,16 @@ class Transformer(nn.Module):
         cache: per layer what `cache_shapes` says, each (B, heads, capacity, size); positions (B, T) for RoPE; mask bool
         (B or 1, 1, T, S): who sees which of the first S places.
         """
-        x, rope, near = self.embed_tokens(ids, self.compute_dtype), self.rope(positions), mask
+        x, rope, masks = self.embed_tokens(ids, self.compute_dtype), self.rope(positions), [mask]
         window, chunk = self.config.sliding_window, self.config.attention_chunk
         if window or chunk:
             place = torch.arange(mask.shape[-1], device=ids.device)
-        if window:
-            near = mask & (at[:, None] - place < window)
-        if chunk:  # counted from each row's first token, before which there is padding, in chunks of its own
-            part = (place - (at - positions)[:, -1:]) // chunk  # (B, S)
-            near = near & (part[:, at, None] == part[:, None])[:, None]
+            first = (at - positions)[:, None, -1:, None]  # (B, 1, 1, 1): before it there is padding
+            masks.append(mask & near(at[:, None], place, first, window, chunk))
         if ids.is_cuda or ids.is_cpu and ids.shape[1] <= 1024:
-            near, mask = as_bias(near, cache[0][0].dtype), as_bias(mask, cache[0][0].dtype)
+            masks = [as_bias(m, cache[0][0].dtype) for m in masks]
         for layer, stored in zip(self.layers, cache):
-            x = layer(x, rope, (near, mask), (*stored, at))
+            x = layer(x, rope, (masks[-1], masks[0]), (*stored, at))
         return self.logits(x[:, -1])
 
 
