@@ -1002,7 +1002,6 @@ def from_hf(directory, device="cpu", dtype=torch.float32, tp=None, vocab_size=0)
     At most one tensor is in memory besides the model. Every weight must be there, once, in the shape that the config implies.
     vocab_size: that many tokens, where they are more than there; the new ones begin as the mean of all others.
     """
-    _safetensors()  # or one line on how to get it
     directory, config = Path(directory), hf_config(Path(directory) / "config.json")
     size = sum(file.stat().st_size for file in directory.glob("*.safetensors"))
     if 0 < size < num_params(config):
@@ -1379,16 +1378,16 @@ def main(cfg):
         return {}
     if cfg.export_hf:
         return export(cfg)
-    rt, prompts = setup(cfg), [cfg.prompt]
+    rt, prompts, talk = setup(cfg), [cfg.prompt], cfg.chat and not (cfg.prompt or cfg.prompt_file)
     if cfg.prompt_file:
         try:
             prompts = Path(cfg.prompt_file).read_text(encoding="utf-8-sig").removesuffix("\n").split("\n")
         except (OSError, ValueError) as e:
             raise SystemExit(f"--prompt_file={cfg.prompt_file}: {e}: a text file expected, a prompt on each line") from None
-    if rt.world_size > rt.tp_size or cfg.chat and rt.world_size > 1 and prompts == [""]:
+    if rt.world_size > rt.tp_size or talk and rt.world_size > 1:
         raise SystemExit("one process expected, or --tp with a --prompt")
     model, tokenizer, style, stop = open_model(cfg, rt)
-    if cfg.chat and prompts == [""]:
+    if talk:
         return chat(model, tokenizer, style, stop, cfg)
     if cfg.prompt_file or cfg.json or cfg.num_samples > 1:
         return continuations(model, tokenizer, style, stop, prompts, cfg)
