@@ -1072,7 +1072,7 @@ def to_hf(model, directory, tokenizer=None, style="", dtype=torch.bfloat16, card
         if any(directory.iterdir()):
             raise OSError("nothing is written over")
     except OSError as e:
-        raise SystemExit(f"{directory}: {e}: an empty directory expected") from None
+        raise SystemExit(f"{directory}: {e.strerror or e}: an empty directory expected") from None
     weights = {n if n.startswith("lm_head") else f"model.{n}": p.detach().to("cpu", dtype).contiguous()
                for n, p in model.named_parameters()}
     safetensors.torch.save_file(weights, directory / "model.safetensors", {"format": "pt"})

@@ -154,7 +154,7 @@ def test_no_config_no_weights_a_full_directory_and_what_transformers_lacks_are_o
             nano.to_hf(nano.Transformer(nano.Config(**shape | change)), tmp_path / "b")
     monkeypatch.setitem(__import__("sys").modules, "safetensors.torch", None)
     with pytest.raises(SystemExit, match="pip install safetensors"):
-        nano.from_hf(tmp_path)
+        nano.from_hf(tmp_path / "a")
 
 
 def test_a_checkpoint_is_exported_from_the_command_line(tmp_path, capsys):
