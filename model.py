@@ -1093,7 +1093,6 @@ def model_card(config, extra, name):
     found = {k: last[k] for k in ("loss", "val_loss") if k in last} | last.get("scores", {})
     found |= {f"bits per byte, held-out {k}": v for k, v in last.get("val_bpb", {}).items()}
     data = ", ".join(str(settings[k]) for k in ("text", "jsonl", "hf", "data", "problems") if settings.get(k))
-    trained = {k: v for k, v in settings.items() if k not in Config.__dataclass_fields__ and v not in ("", False)}
     shape = "\n".join(f"| {k} | {v} |" for k, v in dataclasses.asdict(config).items())
     metrics = "\n".join(f"* {k}: {v:.4g}" for k, v in found.items() if v is not None) or "None are on record."
     return f"""---
@@ -1117,7 +1116,7 @@ Data: {data or "what nanosmol has built in (a Python installation's documentatio
 {f"Repeated by `python {script}.py --config=config.json`, config.json being" if script else "Not trained, but exported again:"}
 
 ```json
-{json.dumps(trained, indent=1)}
+{json.dumps(settings, indent=1)}
 ```
 
 ## Metrics at the end of that run

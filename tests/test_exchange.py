@@ -1,5 +1,5 @@
 """There and back: a run exported for transformers answers there as here, and a directory of theirs serves wherever a run does."""
-import json
+import dataclasses, json
 from pathlib import Path
 
 import numpy as np
@@ -131,6 +131,17 @@ def test_the_model_card_tells_shape_data_command_and_metrics_and_leaves_the_lice
     for part in ("library_name: transformers", "license: other", "| num_key_value_heads | 2 |", "stage sft, 7 steps", "chats.jsonl",
                  "`python sft.py --config=config.json`", "* think accuracy: 0.875", "* loss: 1.5", "To be filled in by you"):
         assert part in card, part
+
+
+def test_the_settings_in_a_model_card_repeat_the_run(here):
+    """Also those of the shape, and those that are false or 0."""
+    cfg = train.Config(**SHAPE | dict(doc_mask=False, weight_decay=0.0, out="elsewhere"))
+    Path("run").mkdir()
+    nano.save_checkpoint("run", nano.Transformer(nano.Config(**SHAPE)), train_config=dataclasses.asdict(cfg))
+    export()
+    card = Path("hf/README.md").read_text(encoding="utf-8")
+    Path("config.json").write_text(card.split("```json\n")[1].split("```")[0])
+    assert "`python train.py --config=config.json`" in card and infra.cli(train.Config, argv=["--config=config.json"]) == cfg
 
 
 def test_more_tokens_than_the_model_has_rows_for_get_new_rows_the_mean_of_all(here):
