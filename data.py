@@ -1133,9 +1133,9 @@ def answered(question, answer):
     need(isinstance(answer, str | int | float) and not isinstance(answer, bool), f"answer {answer!r:.40}",
          "text or a number")
     working, mark, final = str(answer).rpartition("####")
-    if not mark and (box := boxed(final)) is not None:
-        alone = final.strip(" $.") == f"\\boxed{{{box}}}"      # no working beside it
-        working, mark, final = final, "" if alone else "\\boxed", box
+    if (box := boxed(final)) is not None:       # then #### were headings
+        alone = str(answer).strip(" $.") == f"\\boxed{{{box}}}"       # no working beside it
+        working, mark, final = str(answer), "" if alone else "\\boxed", box
     result = dict(prompt=as_messages(question, "user"), answer=clean_answer(final))
     need(result["answer"], "answer", f"something after {mark}" if mark else "some text")
     if mark:

@@ -661,6 +661,9 @@ def test_the_answer_of_a_solution_is_what_it_boxes_and_the_rest_is_reasoning():
     deep = r"\boxed{\frac{\sqrt{\frac{1}{2}}}{2}}"
     assert data.normalize(dict(problem="?", solution=f"So {deep}."))["answer"] == deep[7:-1]
     assert data.normalize(dict(problem="?", solution=r"$\boxed{5}$.")) == dict(prompt=[U("?")], answer="5")      # no working
+    steps = "#### Step 1\nAdd.\n#### Step 2\nSo \\boxed{5}."                                              # headings
+    row = data.normalize(dict(problem="?", solution=steps))
+    assert row["answer"] == "5" and row["messages"][1] == A(f"<think>\n{steps}\n</think>\n5")
     assert data.normalize(dict(text="t", instruction=None)) == dict(text="t")
 
 
