@@ -1070,13 +1070,6 @@ def as_messages(value, role):
     return [dict(role=role, content=value)] if isinstance(value, str) else value
 
 
-def asked(messages, question):
-    """A list of messages that begins with a question, after a system message; where it does not, with `question`."""
-    roles = [m.get("role") if isinstance(m, dict) else None for m in messages]
-    n = int(roles[:1] == ["system"])
-    return messages if roles[n:n + 1] == ["user"] else messages[:n] + as_messages(question, "user") + messages[n:]
-
-
 def pair_of(row, prompt):
     """prompt, chosen, rejected as lists of messages. Without a prompt it is what both answers begin with."""
     chosen, rejected = row["chosen"], row["rejected"]
@@ -1085,7 +1078,11 @@ def pair_of(row, prompt):
     if chosen == rejected:
         raise Dropped("chosen and rejected are the same")
     if isinstance(prompt, str) and isinstance(chosen, list):
-        prompt, chosen, rejected = None, asked(chosen, prompt), asked(rejected, prompt)
+        roles = [m.get("role") if isinstance(m, dict) else None for m in chosen]
+        n = int(roles[:1] == ["system"])
+        if roles[n:n + 1] != ["user"]:      # then both begin with this question, after a system message
+            chosen, rejected = (answer[:n] + as_messages(prompt, "user") + answer[n:] for answer in (chosen, rejected))
+        prompt = None
     if prompt is None:
         n = next((i for i, (a, b) in enumerate(zip(chosen, rejected)) if a != b), min(len(chosen), len(rejected)))
         if isinstance(chosen, str):                                     # never in the middle of a word
