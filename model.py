@@ -974,8 +974,8 @@ def hf_checkpoint(directory):
         text = template.read_text(encoding="utf-8", errors="replace")
     elif settings.exists():  # the older place
         text = str(json.loads(settings.read_text(encoding="utf-8")).get("chat_template"))
-    marks = [*((theirs, style) for style, theirs in JINJA.items()), ("Reasoning Mode", "smollm3"), ("<|im_start|>", "chatml")]
-    style = next((style for mark, style in marks if mark in text), "")
+    marks = {JINJA["compact"]: "compact", "Reasoning Mode": "smollm3", "<|im_start|>": "chatml"}
+    style = next((style for mark, style in marks.items() if mark in text), "")
     return dict(model=None, model_config=config, tokenizer=tokenizer.state, optimizer={}, step=0, consumed_samples=0, stage="hf",
                 train_config=dict(style=style), monitor={}, lora={}, path=str(directory), crc=crc)
 
@@ -1211,7 +1211,8 @@ def bench(cfg):
 def export(cfg):
     """--export_hf: a run for transformers, with what the flags say on the rotary embedding."""
     from data import get_tokenizer
-    dtype, state = torch.float32 if cfg.dtype == "float32" else torch.bfloat16, read_checkpoint(cfg.init, fold=False)
+    dtype = torch.float32 if cfg.dtype == "float32" else torch.bfloat16
+    state = read_checkpoint(cfg.init, fold=False)
     extend(state["model_config"], cfg), stretched(state["model_config"])
     model, extra = load_checkpoint(state, dtype=dtype)
     style, name = extra["train_config"].get("style", ""), Path(cfg.export_hf).name
@@ -1226,8 +1227,9 @@ def open_model(cfg, rt):
     that takes before it is taken."""
     from data import get_tokenizer  # the rest of this file does without text
     state = read_checkpoint(cfg.init, fold=False)
-    c, dtype, rows = state["model_config"], rt.dtype, cfg.batch if cfg.prompt_file else min(cfg.batch, cfg.num_samples)
+    c, dtype = state["model_config"], rt.dtype
     extend(c, cfg), stretched(c)
+    rows = cfg.batch if cfg.prompt_file else min(cfg.batch, cfg.num_samples)
     tokens = min(cfg.context, c.max_position_embeddings) if cfg.chat else 2 * rows * cfg.max_new_tokens  # half of it the prompt
     weights = num_params(c) * dtype.itemsize / rt.tp_size
     cache = kv_bytes_per_token(c, 4 if rt.device.type == "cpu" else dtype.itemsize, rt.tp_size) * tokens
