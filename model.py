@@ -1049,11 +1049,31 @@ def hf_json(c, dtype):
                          layer_types=["full_attention" for _ in layers])
 
 
-def to_hf(model, directory, tokenizer=None, style="", dtype=torch.bfloat16, card=""):
+def write_weights(model, directory, dtype, shard_bytes):
+    """Weights under transformers' names, in files of up to shard_bytes, with an index where that makes more than one."""
+    files, size = [{}], 0
+    for name, p in model.named_parameters():
+        size += p.numel() * dtype.itemsize
+        if size > shard_bytes and files[-1]:
+            files, size = files + [{}], p.numel() * dtype.itemsize
+        files[-1][name if name.startswith("lm_head") else f"model.{name}"] = p.detach()
+    n, where = len(files), {}
+    for i, weights in enumerate(files, 1):
+        name = f"model-{i:05d}-of-{n:05d}.safetensors" if n > 1 else "model.safetensors"
+        weights = {key: w.to("cpu", dtype).contiguous() for key, w in weights.items()}  # of one file at a time
+        _safetensors().torch.save_file(weights, directory / name, {"format": "pt"})
+        where |= dict.fromkeys(weights, name)
+    if n > 1:
+        total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+        write_json(directory / "model.safetensors.index.json", dict(metadata=dict(total_size=total), weight_map=where))
+
+
+def to_hf(model, directory, tokenizer=None, style="", dtype=torch.bfloat16, shard_bytes=5_000_000_000, card=""):
     """The way back: what transformers' AutoModelForCausalLM, AutoTokenizer and pipeline load without code of ours, as a
     SmolLM3ForCausalLM, or LlamaForCausalLM where all layers have RoPE. Without tensor parallelism.
-    style: of the chat template, none if empty; card: the text of README.md."""
-    safetensors, directory, c = _safetensors(), Path(directory), model.config
+    style: of the chat template, none if empty; weights in files of up to shard_bytes; card: the text of README.md."""
+    _safetensors()  # or one line on how to get it
+    directory, c = Path(directory), model.config
     if any(getattr(c, name) for name in HF_LACKS) or model.tp is not None:
         raise SystemExit("".join(f"{name}={getattr(c, name)}, " for name in HF_LACKS) + f"tp={model.tp is not None}: "
                          f"none of them expected: transformers' SmolLM3 and Llama have no such thing")
@@ -1073,9 +1093,7 @@ def to_hf(model, directory, tokenizer=None, style="", dtype=torch.bfloat16, card
             raise OSError("nothing is written over")
     except OSError as e:
         raise SystemExit(f"{directory}: {e.strerror or e}: an empty directory expected") from None
-    weights = {n if n.startswith("lm_head") else f"model.{n}": p.detach().to("cpu", dtype).contiguous()
-               for n, p in model.named_parameters()}
-    safetensors.torch.save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    write_weights(model, directory, dtype, shard_bytes)
     if tokenizer:
         tokenizer.to_hf(directory, style, c.max_position_embeddings)
         write_json(directory / "generation_config.json", ids | dict(max_new_tokens=c.max_position_embeddings // 2))

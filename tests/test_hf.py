@@ -42,7 +42,7 @@ def test_logits_and_greedy_tokens_are_those_of_transformers_and_the_way_back_is_
     prompts = [[5, 6, 7], [8], [9] * 11]
     with torch.no_grad():
         assert (hf(ids).logits - ours(ids)).abs().max() < 1e-4
-        nano.to_hf(ours, tmp_path / "b", dtype=torch.float32)
+        nano.to_hf(ours, tmp_path / "b", dtype=torch.float32, shard_bytes=10_000 if kind == "llama" else 10**9)
         back = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "b").eval()
         assert (back(ids).logits - ours(ids)).abs().max() < 1e-4
         padded, seen = ([[x] * (11 - len(p)) + (p if x == 3 else [1] * len(p)) for p in prompts] for x in (3, 0))
@@ -52,9 +52,8 @@ def test_logits_and_greedy_tokens_are_those_of_transformers_and_the_way_back_is_
     assert {n: p.tolist() for n, p in hf.state_dict().items()} == {n: p.tolist() for n, p in back.state_dict().items()}
     again = nano.from_hf(tmp_path / "b")
     assert again.config == ours.config and all(map(torch.equal, again.parameters(), ours.parameters()))
-    hf.save_pretrained(tmp_path / "c", max_shard_size="20KB")
-    assert len(list((tmp_path / "b").glob("*.safetensors"))) == 1 < len(list((tmp_path / "c").glob("*.safetensors")))
-    assert all(map(torch.equal, nano.from_hf(tmp_path / "c").parameters(), ours.parameters()))
+    sizes = [sum(w.nbytes for w in safetensors.load_file(f).values()) for f in (tmp_path / "b").glob("*.safetensors")]
+    assert len(sizes) == 1 if kind != "llama" else len(sizes) > 9 and max(sizes) <= 10_000
 
 
 def test_a_documents_loss_in_a_packed_row_is_transformers(tmp_path):
