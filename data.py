@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
+from reprlib import repr as brief      # of what a message quotes: a long text is never copied whole
 
 import numpy as np
 import torch
@@ -903,7 +904,7 @@ THOUGHT = re.compile(r"<think>(.*?)</think>", re.S)     # what an assistant's co
 
 def check_messages(messages):
     """Raises ValueError with the number of the message that is none."""
-    need(isinstance(messages, list) and messages, f"messages {messages!r:.40}", "a list of at least one")
+    need(isinstance(messages, list) and messages, f"messages {brief(messages)}", "a list of at least one")
     before = None
     for i, m in enumerate(messages):
         role, content = (m.get("role"), m.get("content")) if isinstance(m, dict) else (None, None)
@@ -913,7 +914,7 @@ def check_messages(messages):
              "the call as text in content, for templates do not render it")
         # SmolLM3's data once had None here, which its template took for "no system message": every persona was
         # replaced by the default one, and no benchmark showed it (playbook, "Vibe-test your baselines").
-        need(isinstance(content, str), f"message {i}: content {content!r:.40}",
+        need(isinstance(content, str), f"message {i}: content {brief(content)}",
              "text; without a system message, no such entry")
         need(role != "system" or i == 0, f"message {i}: a system message", "it as the first message only")
         need(role != before or role == "tool", f"message {i}: a second {role} message in a row", "turns to alternate")
@@ -921,7 +922,7 @@ def check_messages(messages):
 
 
 def check_tools(tools):
-    need(not tools or isinstance(tools, list) and all(isinstance(t, dict) for t in tools), f"tools {tools!r:.40}",
+    need(not tools or isinstance(tools, list) and all(isinstance(t, dict) for t in tools), f"tools {brief(tools)}",
          "a list of JSON objects")
 
 
@@ -1066,7 +1067,7 @@ class Dropped(ValueError):
 
 def as_messages(value, role):
     """Text -> one message of that role; a list of messages stays one."""
-    need(isinstance(value, str | list), f"{value!r:.40} for the {role}", "text or a list of messages")
+    need(isinstance(value, str | list), f"{brief(value)} for the {role}", "text or a list of messages")
     return [dict(role=role, content=value)] if isinstance(value, str) else value
 
 
@@ -1104,12 +1105,12 @@ def choices_of(row, question):
     choices = choices.get("text") if isinstance(choices, dict) else choices
     need(isinstance(choices, list) and len(choices) > 1 and all(isinstance(c, str) and c for c in choices), "choices",
          "a list of two or more texts")
-    need(labels is None or isinstance(labels, list) and len(labels) == len(choices), f"label {labels!r:.40}",
+    need(labels is None or isinstance(labels, list) and len(labels) == len(choices), f"label {brief(labels)}",
          f"one for each of the {len(choices)} choices")
     for names in (range(len(choices)), labels or (), choices, "ABCDEFGHIJ"):
         if answer in list(names)[:len(choices)] and not isinstance(answer, bool):
             return dict(prompt=as_messages(question, "user"), choices=choices, answer=list(names).index(answer))
-    raise ValueError(f"answer {answer!r:.40}: expected the index, label or text of one of the {len(choices)} choices")
+    raise ValueError(f"answer {brief(answer)}: expected the index, label or text of one of the {len(choices)} choices")
 
 
 def clean_answer(text):
@@ -1127,7 +1128,7 @@ def boxed(text):
 def answered(question, answer):
     """A problem. Answers of GSM8K (arXiv 2110.14168) and MATH (arXiv 2103.03874) hold the working too, which becomes reasoning,
     GSM8K's without its <<...>>."""
-    need(isinstance(answer, str | int | float) and not isinstance(answer, bool), f"answer {answer!r:.40}",
+    need(isinstance(answer, str | int | float) and not isinstance(answer, bool), f"answer {brief(answer)}",
          "text or a number")
     working, mark, final = str(answer).rpartition("####")
     if (box := boxed(final)) is not None:       # then #### were headings
@@ -1207,7 +1208,7 @@ def normalize(example):
          "a list of JSON objects under tools")
     check_tools(tools)
     instructions = options.get("custom_instructions", example.get("system") or "")      # a column that few rows fill
-    need(isinstance(instructions, str), f"system, custom_instructions {instructions!r:.40}", "text, or no such key")
+    need(isinstance(instructions, str), f"system, custom_instructions {brief(instructions)}", "text, or no such key")
     chats = [k for k in ("messages", "prompt", "chosen", "rejected") if k in result]
     for k in chats:
         check_messages(result["prompt"] + result[k] if k in ("chosen", "rejected") else result[k])
