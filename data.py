@@ -1154,8 +1154,9 @@ def instructed(row):
 
 def sorted_out(row):
     """A row by its keys, in order of precedence -> the parts of the internal form, not checked yet."""
-    question = next((row[k] for k in ("question", "prompt", "problem") if row.get(k) is not None), None)
-    answer = next((row[k] for k in ("answer", "solution", "target") if row.get(k) is not None), None)
+    row = {k: v for k, v in row.items() if v is not None}       # null: a column of other rows, where data sets are mixed
+    question = next((row[k] for k in ("question", "prompt", "problem") if k in row), None)
+    answer = next((row[k] for k in ("answer", "solution", "target") if k in row), None)
     if "messages" in row:
         return dict(messages=row["messages"])
     if "conversations" in row:
@@ -1171,7 +1172,7 @@ def sorted_out(row):
         return choices_of(row, question)
     if question is not None and answer is not None:
         return answered(question, answer)
-    if row.get("instruction") is not None and "output" in row:
+    if "instruction" in row and "output" in row:
         return dict(messages=as_messages(instructed(row), "user") + as_messages(row["output"], "assistant"))
     if isinstance(row.get("text"), str):
         return dict(text=row["text"])

@@ -16,7 +16,7 @@ Off by default, each a field of Config: sliding window, chunks, QK-norm, latent 
 Names are Hugging Face's, so that exporting is renaming. Shapes in comments: B rows, T tokens, S cached tokens,
 H query heads, KV key/value heads, D head_dim, V vocabulary.
 """
-import codecs, copy, dataclasses, functools, json, math, sys, time, zipfile, zlib
+import codecs, contextlib, copy, dataclasses, functools, json, math, sys, time, zipfile, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -1317,7 +1317,8 @@ def chat(model, tokenizer, style, stop, cfg):
     keyboard, messages, mode, turn = sys.stdin.isatty(), [], cfg.mode, 0
     window = min(cfg.context, model.config.max_position_embeddings)
     if keyboard:
-        import readline  # editing and history of the line
+        with contextlib.suppress(ImportError):  # Windows
+            import readline  # editing and history of the line
         print(f"{COMMANDS}\n")
     while True:
         try:

@@ -383,7 +383,7 @@ BAD_ROWS = [
     (b'{"text": "\xff"}', "expected messages"), (b'{"a":' * 100_000, "expected messages"),
     (b'{"text": "a"}{"text": "b"}', "expected messages"),
     (dict(foo=1, bar=2), "keys bar, foo: expected messages, conversations"), (dict(text=3), "keys text: expected"),
-    (dict(messages=None), "messages None: expected a list"), (dict(messages="Hi"), "messages 'Hi': expected a list"),
+    (dict(messages=None), "keys none: expected messages"), (dict(messages="Hi"), "messages 'Hi': expected a list"),
     (dict(messages=[S(None), U("a")]), "message 0: content None: expected text; without"),
     (dict(messages=[U("a"), A(None)]), "message 1: content None: expected text"),
     (dict(messages=[U("a"), U("b")]), "message 1: a second user message in a row: expected"),
@@ -412,6 +412,13 @@ BAD_ROWS = [
     (dict(question=3, answer="a"), "3 for the user: expected"), (dict(Q), "keys question: expected"),
     (dict(prompt=[U("a")], completion=[U("b")]), "message 1: a second user message in a row: expected"),
 ]
+
+
+@pytest.mark.parametrize("row", [dict(question="q", answer="5"), dict(messages=[U("a"), A("b")]), dict(prompt="a", completion="b"),
+                                 dict(prompt="a", chosen="b", rejected="c"), dict(instruction="a", output="b")])
+def test_columns_of_other_rows_that_are_null_change_nothing(row):
+    nothing = dict.fromkeys(("messages", "conversations", "chosen", "rejected", "completion", "choices", "answer", "text"))
+    assert data.normalize(nothing | row) == data.normalize(row)
 
 
 @pytest.mark.parametrize("row, message", BAD_ROWS, ids=range(len(BAD_ROWS)))
