@@ -11,7 +11,7 @@
 Read main() first: sample answers, score them, and make those likelier that beat the mean of their group. What is random is a
 function of (seed, number of the problem, number of the answer): a run that is resumed ends with the same bits.
 """
-import contextlib, dataclasses, importlib.util, json, math, statistics, sys, time, zlib
+import dataclasses, importlib.util, json, math, statistics, sys, time, zlib
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -510,7 +510,7 @@ def main(cfg):
         run.monitor["before"] = validate(run)
         log.row(step=run.step, tokens=0, seconds=0.0, **run.monitor["before"])
         log.clock = time.perf_counter()
-    start, bad, stopping, loss = time.perf_counter() - run.seconds, 0, False, run.monitor.get("loss", math.nan)
+    start, stopping = time.perf_counter() - run.seconds, False
     tokens = run.monitor.setdefault("tokens", 0)
     with Stop() as stop:
         while run.step < cfg.steps and not stopping:
@@ -524,10 +524,8 @@ def main(cfg):
                 loss, stopping, *sums = all_sum(rt, float(loss) / rt.tp_size, stop.signal is not None,
                                                 *(v / rt.tp_size for v in values.values()))
                 run.monitor["loss"] = loss
-                # where nothing was learnt, momentum must not go on: Muon's steps are as long whatever it is
-                bad = 0 if norm == 0 or train.update(run, loss, norm, lr) else bad + 1
-                if bad == 10:
-                    raise SystemExit(f"step {run.step + 1}: 10 steps in a row were not finite: a lower --lr expected")
+                if norm != 0:  # where nothing was learnt, momentum must not go on: Muon's steps are as long whatever it is
+                    train.update(run, loss, norm, lr)
                 run.step += 1
                 log.bar.update(1)
             run.seconds = time.perf_counter() - start
@@ -543,18 +541,8 @@ def main(cfg):
                 start += time.perf_counter() - paused
             if due(cfg.save_every) and run.step < cfg.steps and not stopping:
                 train.save(run)
-        if not train.save(run):
-            raise SystemExit(f"{run.out}: step {run.step} could not be saved; --resume goes on from the last checkpoint")
-    totals = dict(step=run.step, tokens=tokens, loss=loss, seconds=run.seconds, skipped=run.skipped)
-    if stopping:
-        log.say(f"{stop.signal or 'A signal'}: saved {run.out} at step {run.step}; --resume goes on from there")
-        log.close()
-        return totals | {"stopped": stop.signal or "another rank's signal"}
-    result = totals | validate(run)
-    log.row(final=True, **result)
-    log.close()
-    with contextlib.suppress(OSError):  # a reader who has left
-        report(run, result)
+        train.save(run, last=True)
+    result = train.finish(run, tokens, stopping, stop.signal, validate, report)
     return result | dict(before=run.monitor["before"])
 
 

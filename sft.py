@@ -10,7 +10,7 @@
 
 Read main() first. What is random is a function of (seed, number of the row): a run that is resumed ends with the same bits.
 """
-import contextlib, dataclasses, json, math, os, statistics, sys, time, zlib
+import dataclasses, json, math, os, statistics, sys, time, zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -682,8 +682,7 @@ def main(cfg):
         run.monitor["before"] = validate(run)
         log.row(step=run.step, tokens=0, seconds=0.0, **run.monitor["before"])
         log.clock = time.perf_counter()
-    logged, trained, places = time.perf_counter(), 0, 0
-    start, bad, stopping, loss = logged - run.seconds, 0, False, run.monitor.get("loss", math.nan)
+    stopping, clock, seconds_then, trained, places = False, time.perf_counter(), run.seconds, 0, 0
     with Stop() as stop:
         while run.step < cfg.steps and not stopping:
             if cfg.lora_dropout and cfg.lora_rank:  # the one thing here that draws from torch's generator
@@ -697,13 +696,13 @@ def main(cfg):
                 targets.numel() / rt.tp_size, *(v / rt.tp_size for v in metrics.values()))
             trained, places, run.monitor["loss"] = trained + counted, places + seen, loss
             run.monitor["tokens"] += int(seen)  # padding, too
-            bad = 0 if train.update(run, loss, norm, lr) else bad + 1
-            if bad == 10:
-                raise SystemExit(f"step {run.step + 1}: 10 steps in a row were not finite: a lower --lr expected")
-            run.step, run.consumed, run.seconds = run.step + 1, run.consumed + cfg.batch, time.perf_counter() - start
+            train.update(run, loss, norm, lr)
+            now = time.perf_counter()
+            run.step, run.consumed = run.step + 1, run.consumed + cfg.batch
+            run.seconds, clock = run.seconds + now - clock, now
             log.bar.update(1)
             if run.step % cfg.log_every == 0 or run.step in (1, cfg.steps) or stopping:
-                took = time.perf_counter() - logged
+                took = run.seconds - seconds_then
                 metrics = dict(zip(metrics, values))
                 line = f"loss {loss:.4f} | lr {lr:.1e} | grad {norm:.2f} | {places / took / 1000:.1f}k tok/s, of which "
                 line += f"{trained / took / 1000:.2f}k trained"
@@ -711,28 +710,17 @@ def main(cfg):
                 log.row(line, step=run.step, tokens=run.monitor["tokens"], loss=loss, lr=lr, grad_norm=norm,
                         tok_per_s=places / took, trained_tok_per_s=trained / took, seconds=run.seconds, skipped=run.skipped,
                         **metrics)
-                logged, trained, places = time.perf_counter(), 0, 0
+                seconds_then, trained, places = run.seconds, 0, 0
             if run.step % cfg.eval_every == 0 and run.step < cfg.steps and not stopping:
-                paused = time.perf_counter()
                 log.row(step=run.step, tokens=run.monitor["tokens"], seconds=run.seconds, **validate(run))
-                start, logged = start + time.perf_counter() - paused, logged + time.perf_counter() - paused
+                clock = time.perf_counter()  # evaluation is not training time
             if run.step % cfg.save_every == 0 and run.step < cfg.steps and not stopping:
                 train.save(run)
         if cfg.merge and not stopping:
             fold_lora(run.model)
             run.lora, run.optimizers = None, []
-        if not train.save(run):
-            raise SystemExit(f"{run.out}: step {run.step} could not be saved; --resume goes on from the last checkpoint")
-    totals = dict(step=run.step, tokens=run.monitor["tokens"], loss=loss, seconds=run.seconds, skipped=run.skipped)
-    if stopping:
-        log.say(f"{stop.signal or 'A signal'}: saved {run.out} at step {run.step}; --resume goes on from there")
-        log.close()
-        return totals | {"stopped": stop.signal or "another rank's signal"}
-    result = totals | validate(run)
-    log.row(final=True, **result)
-    log.close()
-    with contextlib.suppress(OSError):  # a reader who has left
-        report(run, result)
+        train.save(run, last=True)
+    result = train.finish(run, run.monitor["tokens"], stopping, stop.signal, validate, report)
     return result | dict(before=run.monitor["before"])
 
 

@@ -230,11 +230,24 @@ def lzma_bpb(source, tokenizer, max_tokens=2**21):
     return 8 * len(lzma.compress(text, preset=9)) / len(text)
 
 
-def scored(run, scores):
-    """Print an evaluation; returns it as the fields of a metrics row."""
+def validate(run):
+    """-> fields of a metrics row: nats per token, and bits per byte of each source; prints a line."""
+    scores = evaluate(run.model, run.sources, run.cfg, run.rt)
     run.log.say(f"eval {run.step}: " + " | ".join(f"{name} {bpb:.3f} bits/byte" for name, (_, bpb) in scores.items()))
     return dict(val_loss=sum(loss for loss, _ in scores.values()) / len(scores),
                 val_bpb={name: bpb for name, (_, bpb) in scores.items()})
+
+
+def last_look(run):
+    """The last evaluation: with --passkey also the keys found."""
+    fields = validate(run)
+    if run.cfg.passkey:
+        found = retrieval(run.model, run.tokenizer, [int(n) for n in run.cfg.passkey.split(",")])
+        run.log.say("\nkeys found, %    at" + "".join(f"{depth:7.0%}" for depth in DEPTHS) + " of the row")
+        for name, each in found.items():
+            run.log.say(f"{name:19}" + "".join(f"{x:7.0f}" for x in each))
+        fields["passkey"] = found
+    return fields
 
 
 # --- one step --------------------------------------------------------------------------------------------------------
@@ -548,7 +561,7 @@ def start(cfg, rt, model, extra, locked, stage, replica, lora=None, **more):
     cfg.out is its own. `more` are fields that its loop wants besides."""
     out = Path(cfg.out)
     run = SimpleNamespace(cfg=cfg, rt=rt, out=out, locked=locked, stage=stage, model=model, replica=replica, lora=lora,
-                          optimizers=make_optimizers(model, cfg), step=0, consumed=0, norms=deque(maxlen=100), skipped=0,
+                          optimizers=make_optimizers(model, cfg), step=0, consumed=0, norms=deque(maxlen=100), skipped=0, bad=0,
                           seconds=0.0, monitor={}, **more)
     if extra:
         load_optimizer_state(model, run.optimizers, extra["optimizer"])
@@ -584,8 +597,8 @@ def headline(run):
             f"{str(rt.dtype)[6:]}" + f" | {rt.dp_size} data-parallel x {rt.tp_size} tensor-parallel" * (rt.world_size > 1))
 
 
-def save(run):
-    """Checkpoint the run where it stands. A full disk costs this checkpoint, not the run: True if it was written."""
+def save(run, last=False):
+    """Checkpoint the run where it stands. A full disk costs this checkpoint, not the run; the last one has to be written."""
     try:
         if run.rt.dp_rank == 0:
             nano.save_checkpoint(run.out, run.model, run.step, run.consumed, run.stage, run.tokenizer.state,
@@ -594,8 +607,8 @@ def save(run):
     except OSError as e:
         saved = [int(f.stem[5:]) for f in nano.checkpoints(run.out)]
         run.log.say(f"WARNING: step {run.step} was not saved: {e}; the last checkpoint is of step {max(saved, default='none')}")
-        return False
-    return True
+        if last:
+            raise SystemExit(f"{run.out}: step {run.step} could not be saved; --resume goes on from the last checkpoint") from None
 
 
 def pace(run, waited, forwards, seconds):
@@ -630,6 +643,10 @@ def samples(run):
     return f"--skip_samples={first}:{last + 1} ({some}, ...)"
 
 
+class Diverged(SystemExit):
+    """Ten steps in a row were not finite. Ends a run, but not the experiment that it is part of."""
+
+
 def update(run, loss, norm, lr):
     """Let the optimizers use the gradients, unless the step is a spike: skipped, said and counted. True if it was used."""
     spike = is_spike(loss, norm, run.norms)
@@ -644,11 +661,27 @@ def update(run, loss, norm, lr):
         if not spike:
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    run.bad = run.bad + 1 if spike else 0
+    if run.bad == 10:
+        raise Diverged(f"step {run.step + 1}: 10 steps in a row were not finite; --resume goes on from the last save, perhaps "
+                       f"with a lower --lr or --grad_clip. What this step learnt from: {run.samples()}")
     return not spike
 
 
-class Diverged(SystemExit):
-    """Ten steps in a row were not finite. Ends a run, but not the experiment that it is part of."""
+def finish(run, tokens, stopping, signal, evaluation, report):
+    """How main() ends in all three scripts, when the last step is saved -> its result. evaluation(run) -> fields of the last
+    row; report(run, result) prints something to read."""
+    result = dict(step=run.step, tokens=tokens, loss=run.monitor.get("loss", math.nan), seconds=run.seconds, skipped=run.skipped)
+    if stopping:
+        run.log.say(f"{signal or 'A signal'}: saved {run.out} at step {run.step}; --resume goes on from there")
+        run.log.close()
+        return result | {"stopped": signal or "another rank's signal"}
+    result |= evaluation(run)
+    run.log.row(final=True, **result)
+    run.log.close()
+    with contextlib.suppress(OSError):  # a reader who has left
+        report(run, result)
+    return result
 
 
 def main(cfg):
@@ -662,14 +695,12 @@ def main(cfg):
     if cfg.bench:
         return bench(cfg, rt)
     run = begin(cfg, rt)
-    cfg = run.cfg
-    log, flops = run.log, nano.flops_per_token(run.model.config, cfg.max_position_embeddings)
+    cfg, log, T = run.cfg, run.log, run.cfg.max_position_embeddings
+    flops = nano.flops_per_token(run.model.config, T)
     batches = data.prefetch(run.loader, run.consumed, run.rows, cfg.steps - run.step, rt.dp_rank, rt.dp_size)
     gc.collect(), gc.freeze()  # the collector would walk all of torch's objects again and again
-    logged = time.perf_counter()
-    start = logged - run.seconds
-    begun, since, waited, forwards, bad, stopping = run.step, run.step, 0.0, [], 0, False
-    loss = run.monitor.get("loss", math.nan)
+    warm, stopping, clock = run.step + 3, False, time.perf_counter()
+    step_then, seconds_then, waited, forwards = run.step, run.seconds, 0.0, []  # since the last printed line
     with Stop() as stop:
         while run.step < cfg.steps and not stopping:
             asked = time.perf_counter()
@@ -682,64 +713,42 @@ def main(cfg):
             # every rank must decide alike, so all decide by sums: of the replicas' losses, and of who has got a signal
             loss, stopping = all_sum(rt, float(loss) / rt.tp_size, stop.signal is not None)
             run.monitor["loss"] = loss
-            bad = 0 if update(run, loss, norm, lr) else bad + 1
-            if bad == 10:
-                raise Diverged(f"step {run.step + 1}: 10 steps in a row were not finite; --resume goes on from "
-                               f"the last save, perhaps with a lower --lr or --grad_clip, or {samples(run)}")
-            run.step, run.consumed, run.seconds = run.step + 1, run.consumed + run.rows, time.perf_counter() - start
+            update(run, loss, norm, lr)
+            now = time.perf_counter()
+            run.step, run.consumed = run.step + 1, run.consumed + run.rows
+            run.seconds, clock = run.seconds + now - clock, now
             log.bar.update(1)
-            if run.step > begun + 3:  # the first steps warm up
-                run.pace.append(time.perf_counter() - asked)
+            if run.step > warm:
+                run.pace.append(now - asked)
             if run.step % cfg.log_every == 0 or run.step in (1, cfg.steps) or stopping:
-                now = time.perf_counter()
-                speed = (run.step - since) * cfg.batch_tokens / (now - logged)
-                steady, warnings = pace(run, waited, forwards, now - logged)
+                took = run.seconds - seconds_then
+                speed = (run.step - step_then) * cfg.batch_tokens / took
                 mfu = speed * flops / (rt.peak * rt.world_size) if rt.peak else None
+                steady, warnings = pace(run, waited, forwards, took)
                 line = f"loss {loss:.4f} | lr {lr:.1e} | grad {norm:.2f} | {speed / 1000:.1f}k tok/s"
                 line += f" | data {100 * steady['data_wait']:.1f} %"
                 line += f" | mfu {100 * mfu:.1f} % (6N+12LHDT)" if mfu else ""
                 line += f" | skipped {run.skipped}" if run.skipped else ""
-                log.row(line, step=run.step, tokens=run.consumed * cfg.max_position_embeddings, loss=loss, lr=lr,
-                        grad_norm=norm, tok_per_s=speed, seconds=run.seconds, mfu=mfu, skipped=run.skipped, **steady)
+                log.row(line, step=run.step, tokens=run.consumed * T, loss=loss, lr=lr, grad_norm=norm, tok_per_s=speed,
+                        seconds=run.seconds, mfu=mfu, skipped=run.skipped, **steady)
                 for warning in warnings:
                     log.say(f"WARNING: {warning}")
-                logged, since, waited, forwards = now, run.step, 0.0, []
+                step_then, seconds_then, waited, forwards = run.step, run.seconds, 0.0, []
             if run.step % cfg.eval_every == 0 and run.step < cfg.steps and not stopping:
-                paused = time.perf_counter()
-                log.row(step=run.step, tokens=run.consumed * cfg.max_position_embeddings, seconds=run.seconds,
-                        **scored(run, evaluate(run.model, run.sources, cfg, rt)))
-                pause = time.perf_counter() - paused
-                start, logged = start + pause, logged + pause  # evaluation is not training time
+                log.row(step=run.step, tokens=run.consumed * T, seconds=run.seconds, **validate(run))
+                clock = time.perf_counter()  # evaluation is not training time
             if run.step % cfg.save_every == 0 and run.step < cfg.steps and not stopping:
                 save(run)
         batches.close()
-        if not save(run):
-            raise SystemExit(f"{run.out}: step {run.step} could not be saved; --resume goes on from the last checkpoint")
-    totals = dict(step=run.step, tokens=run.consumed * cfg.max_position_embeddings, loss=loss, seconds=run.seconds,
-                  skipped=run.skipped)
-    if stopping:
-        log.say(f"{stop.signal or 'A signal'}: saved {run.out} at step {run.step}; --resume goes on from there")
-        log.close()
-        return totals | {"stopped": stop.signal or "another rank's signal"}
-    scores = evaluate(run.model, run.sources, cfg, rt)
-    result = totals | scored(run, scores)
-    if cfg.passkey:
-        result["passkey"] = retrieval(run.model, run.tokenizer, [int(n) for n in cfg.passkey.split(",")])
-        log.say("\nkeys found, %    at" + "".join(f"{depth:7.0%}" for depth in DEPTHS) + " of the row")
-        for name, each in result["passkey"].items():
-            log.say(f"{name:19}" + "".join(f"{x:7.0f}" for x in each))
-    log.row(final=True, **result)
-    log.close()
-    with contextlib.suppress(OSError):  # a reader who has left
-        report(run, scores)
-    return result
+        save(run, last=True)
+    return finish(run, run.consumed * T, stopping, stop.signal, last_look, report)
 
 
-def report(run, scores):
+def report(run, result):
     """The end of a run: each source beside lzma, and what the model writes after a held-out document's first words."""
     print("\nheld-out text   model  lzma -9   bits per byte")
     for s in run.sources if run.rt.rank == 0 else ():
-        print(f"{s.name:15} {scores[s.name][1]:5.3f}  {lzma_bpb(s, run.tokenizer):7.3f}")
+        print(f"{s.name:15} {result['val_bpb'][s.name]:5.3f}  {lzma_bpb(s, run.tokenizer):7.3f}")
     decode, prompts = run.tokenizer.decode, [s.val[:64].tolist() for s in run.sources]
     written = nano.generate(run.model, prompts, 160, temperature=0.7, stop_ids=[run.tokenizer.eos])
     for s, prompt, (ids, _) in zip(run.sources, prompts, written):

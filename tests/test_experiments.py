@@ -13,7 +13,7 @@ import data, infra, model as nano, processes, train
 @pytest.fixture
 def cfg(tmp_path, monkeypatch):
     """cfg(**changes): runs of a moment on a small text, in a directory of the test's own; nobody reads what they write."""
-    monkeypatch.chdir(tmp_path), monkeypatch.setattr(train, "report", lambda run, scores: None)
+    monkeypatch.chdir(tmp_path), monkeypatch.setattr(train, "report", lambda run, result: None)
     rng = np.random.default_rng(0)
     Path("text.txt").write_text("".join(rng.choice(list("abcdefgh \n"), 20_000)))
     small = dict(text="text.txt", hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2,
@@ -31,8 +31,8 @@ def counted(monkeypatch, scores=None):
         return original(c)
     monkeypatch.setattr(train, "main", main)
     if scores:
-        real = train.scored
-        monkeypatch.setattr(train, "scored", lambda run, found: real(run, found) | dict(val_bpb={"text": scores(run.cfg)}))
+        real = train.validate
+        monkeypatch.setattr(train, "validate", lambda run: real(run) | dict(val_bpb={"text": scores(run.cfg)}))
     return done
 
 

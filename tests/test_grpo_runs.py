@@ -495,7 +495,7 @@ def test_micro_batches_of_any_size_end_where_all_answers_at_once_do(config, plac
 
 def test_with_two_iterations_optimizer_steps_are_counted_and_odd_periods_are_kept(config, monkeypatch):
     saved, save = [], train.save
-    monkeypatch.setattr(train, "save", lambda run: saved.append(run.step) or save(run))
+    monkeypatch.setattr(train, "save", lambda run, last=False: saved.append(run.step) or save(run, last))
     cfg = config(steps=12, num_iterations=2, log_every=5, eval_every=3, save_every=3)
     result, run, made = session(cfg)
     assert len(made) == 6 and result["step"] == 12
@@ -965,7 +965,7 @@ def test_a_step_that_teaches_nothing_leaves_the_weights_alone_after_others_that_
     original, calls = grpo.advantages, []
     monkeypatch.setattr(grpo, "advantages", lambda *a: original(*a) * (calls.append(a) or len(calls) not in (3, 4)))
     cfg, kept = config(optimizer=optimizer, steps=6, save_every=1), []
-    monkeypatch.setattr(train, "save", lambda run: kept.append({n: p.clone() for n, p in run.model.named_parameters()}) or 1)
+    monkeypatch.setattr(train, "save", lambda run, last=False: kept.append({n: p.clone() for n, p in run.model.named_parameters()}))
     grpo.main(cfg)
     assert [same_weights(a, b) for a, b in zip(kept, kept[1:])] == [False, True, True, False, False]
     assert [row["grad_norm"] == 0 for row in steps(cfg)] == [False, False, True, True, False, False]

@@ -249,11 +249,11 @@ def on_a_full_disk(cfg, space):
     """train.main(cfg); space: {step: bytes that its checkpoint may have}. What it prints goes to cfg.out + ".said"."""
     original, said = train.save, io.StringIO()
 
-    def save(run):
+    def save(run, last=False):
         soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (space.get(run.step, soft), hard))    # Python ignores SIGXFSZ: an error
         try:
-            return original(run)
+            return original(run, last)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
             said.write(f"after {run.step}: {newest(run.out).get('step')} {[f.name for f in run.out.glob('*.tmp')]}\n")
@@ -382,7 +382,7 @@ def test_a_restart_goes_on_with_no_run_of_another_job(config, monkeypatch):
     monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     with pytest.raises(SystemExit, match="holds this very run"):
         train.main(cfg)
-    monkeypatch.setattr(train, "save", lambda run, save=train.save: saved.append(run.step) or save(run))
+    monkeypatch.setattr(train, "save", lambda run, last=False, save=train.save: saved.append(run.step) or save(run, last))
     saved = []
     train.main(dataclasses.replace(cfg, overwrite=True))
     assert saved == [4] and (Path(cfg.out) / ".job").read_text() != "another host 1 2"

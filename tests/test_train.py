@@ -239,7 +239,7 @@ def test_the_fourth_large_gradient_in_a_row_is_no_spike():
     """A new level. Runs that learn to look something up were stopped by ten skipped steps before, on data without a fault."""
     p = torch.nn.Parameter(torch.ones(1))
     run = SimpleNamespace(norms=deque([1.0] * 60, maxlen=100), skipped=0, step=0, optimizers=[torch.optim.SGD([p])],
-                          log=SimpleNamespace(say=print), samples=lambda: "")
+                          log=SimpleNamespace(say=print), samples=lambda: "", bad=0)
     p.grad = torch.ones(1)
     used = [train.update(run, 2.0, norm, 0.0) for norm in (20.0, 30.0, 20.0, 20.0, 40.0, 1.0, 20.0, 1.0, math.nan)]
     assert used == [False, False, False, True, True, True, False, True, False] and run.skipped == 5
