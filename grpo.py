@@ -442,8 +442,7 @@ def begin(cfg, rt):
     """Models, problems, optimizers and where the run stands: everything main() needs, new or from the newest checkpoint."""
     rewards = load_rewards(cfg.rewards)
     cfg = dataclasses.replace(cfg, beta=0.0) if cfg.teacher else cfg  # there the teacher is what it stays close to
-    locked, resuming = train.occupy(cfg, rt, first_of(cfg), cfg.teacher)
-    cfg = train.with_init(cfg, resuming)
+    cfg, locked, resuming = train.occupy(cfg, rt, first_of(cfg), cfg.teacher)
     model, extra, others, crcs = open_model(cfg, rt, resuming)
     before = extra["train_config"]
     date = cfg.date or resuming and before["date"] or time.strftime("%d %B %Y")  # a run does not change with the day

@@ -599,8 +599,7 @@ def open_model(cfg, rt, resuming):
 
 def begin(cfg, rt):
     """Model, data, optimizers and where the run stands: everything main() needs, new or from the newest checkpoint."""
-    locked, resuming = train.occupy(cfg, rt, cfg.init or DEFAULTS[cfg.stage]["init"])
-    cfg = train.with_init(cfg, resuming)
+    cfg, locked, resuming = train.occupy(cfg, rt, cfg.init or DEFAULTS[cfg.stage]["init"])
     model, extra, lora = open_model(cfg, rt, resuming)
     before = extra["train_config"]
     if resuming and extra["stage"] != cfg.stage:

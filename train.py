@@ -381,11 +381,6 @@ def settings(out):
     return {}
 
 
-def with_init(cfg, resuming):
-    """A run that goes on began from what its config.json says, whatever the flags leave out."""
-    return dataclasses.replace(cfg, init=settings(cfg.out).get("init", "")) if resuming and not cfg.init else cfg
-
-
 def keep_settings(out, cfg, recorded, other):
     """A run that goes on keeps its settings. Refuses `other` ones, or says them where they may change."""
     kind = lambda keys, stage: ({"batch_tokens", "batch", "prompts"} & set(keys), stage)
@@ -407,7 +402,7 @@ def claim(out, cfg, restarted=False, sources=()):
     restarted: torchrun --max_restarts has started the same command again, for a process died after it had begun this run.
     Then the run goes on, whatever the flags say. If none had, the first start died early, or of being refused here."""
     files, recorded = nano.checkpoints(out), settings(out)
-    other = other_settings(with_init(cfg, cfg.resume), recorded) if recorded else ["origin"]
+    other = other_settings(cfg, recorded) if recorded else ["origin"]
     if files and restarted and not other:
         return True
     paths = [Path(source).resolve() for source in sources if source]
@@ -509,21 +504,21 @@ def check_ranks(model, rt, step):
 
 
 def occupy(cfg, rt, *sources):
-    """Take cfg.out for this run -> (the lock, to be kept; whether the run that is there goes on)."""
+    """Take cfg.out for this run -> (cfg; the lock, to be kept; whether the run that is there goes on)."""
     locked = infra.lock(cfg.out) if rt.rank == 0 else None
-    restarted, job, began = all_sum(rt, rt.restarts)[0] > 0, infra.jobs(rt), ""  # each machine counts its own restarts
-    with contextlib.suppress(OSError):
-        began = (Path(cfg.out) / ".job").read_text(encoding="utf-8")
-    restarted = restarted and bool(set(job) & set(began.splitlines()))
-    return locked, on_rank_0(rt, claim, Path(cfg.out), cfg, restarted, sources)
+    if cfg.resume and not cfg.init:  # a run that goes on began from what its config.json says, whatever the flags leave out
+        cfg = dataclasses.replace(cfg, init=settings(cfg.out).get("init", ""))
+    begun, jobs = Path(cfg.out) / ".job", infra.jobs(rt)
+    begun = begun.read_text(encoding="utf-8").splitlines() if begun.exists() else []
+    restarted = all_sum(rt, rt.restarts)[0] > 0 and any(job in begun for job in jobs)  # each machine counts its own restarts
+    return cfg, locked, on_rank_0(rt, claim, Path(cfg.out), cfg, restarted, sources)
 
 
 def begin(cfg, rt):
     """Data, model, optimizers and where the run stands: everything main() needs, new or from the newest checkpoint."""
     out, T = Path(cfg.out), cfg.max_position_embeddings
     rows = cfg.batch_tokens // T
-    locked, resuming = occupy(cfg, rt, cfg.init)
-    cfg = with_init(cfg, resuming)
+    cfg, locked, resuming = occupy(cfg, rt, cfg.init)
     try:
         with in_turn(rt):
             tokenizer = data.get_tokenizer(cfg.tokenizer)
@@ -533,16 +528,16 @@ def begin(cfg, rt):
         for s in sources:  # better now than at the first evaluation
             data.count_rows(f"{s.name}.val", s.val, T)
         model, extra = build(cfg, rt, tokenizer, out if resuming else cfg.init)
-        if resuming and extra["stage"] != "base":
-            raise ValueError(f"--resume: {out} holds a run of stage {extra['stage']}: --init={out} and another --out "
-                             f"expected")
         if not resuming:  # the length of rows is a choice of the run that starts from --init, not of the shape there
             nano.extend(model.config, cfg)
             model.config.max_position_embeddings, extra = T, {}
-        consumed, before = (extra["consumed_samples"], extra["train_config"].get("skip_samples", "")) if resuming else (0, "")
-        if data.skipped(before, consumed) != data.skipped(cfg.skip_samples, consumed):
-            raise ValueError(f"--skip_samples={cfg.skip_samples}: {out} stands at row {consumed} and has skipped "
-                             f"{before or 'nothing'}: only ranges after that row can change")
+        elif extra["stage"] != "base":
+            raise ValueError(f"--resume: {out} holds a run of stage {extra['stage']}: --init={out} and another --out expected")
+        else:
+            consumed, before = extra["consumed_samples"], extra["train_config"].get("skip_samples", "")
+            if data.skipped(before, consumed) != data.skipped(cfg.skip_samples, consumed):
+                raise ValueError(f"--skip_samples={cfg.skip_samples}: {out} stands at row {consumed} and has skipped "
+                                 f"{before or 'nothing'}: only ranges after that row can change")
     except ValueError as e:
         raise SystemExit(str(e)) from None
     cfg = dataclasses.replace(cfg, **dataclasses.asdict(model.config))  # config.json records what is trained
@@ -575,11 +570,12 @@ def start(cfg, rt, model, extra, locked, stage, replica, lora=None, **more):
                          f"(a demonstration: --tp_same_seed=ignore)")
     if run.step > cfg.steps:
         raise SystemExit(f"--steps={cfg.steps}: {out} stands at step {run.step}: as many or more expected")
-    run.log, job = Log(out, cfg.steps, run.step, cfg.wandb, dataclasses.asdict(cfg), quiet=rt.rank > 0), infra.jobs(rt)
+    run.log = Log(out, cfg.steps, run.step, cfg.wandb, dataclasses.asdict(cfg), quiet=rt.rank > 0)
+    jobs = infra.jobs(rt)
     if rt.rank == 0:
         for f in nano.checkpoints(out) if not extra else ():  # --overwrite; only now: an error above costs nothing
             f.unlink()
-        (out / ".job").write_text("\n".join(job), encoding="utf-8")  # who may go on with it after a restart
+        (out / ".job").write_text("\n".join(jobs), encoding="utf-8")  # who may go on with it after a restart
         # without the flags: repeating the run deletes nothing
         infra.write_json(out / "config.json", dataclasses.asdict(cfg) | dict(resume=False, overwrite=False))
     if complaints:
