@@ -332,6 +332,7 @@ def is_spike(loss, norm, norms):
 
 # --- the run ---------------------------------------------------------------------------------------------------------
 
+SHAPE = {f.name for f in dataclasses.fields(nano.Config)}
 NOT_THE_EXPERIMENT = {"resume", "overwrite", "wandb", "bench", "log_every", "eval_every", "save_every", "device", "compile",
                       "tp", "probe", "ablate", "sweep", "match", "seeds", "out"}
 # What --resume may change too, which is said; and what the checkpoint tells better, by a checksum or in words of its own.
@@ -369,8 +370,7 @@ def other_settings(cfg, recorded):
     free = NOT_THE_EXPERIMENT | {k for k in ("vocab_size", "original_max_position_embeddings", "steps", "style", "date")
                                  if not getattr(cfg, k, None)}
     if cfg.init:
-        own = {"max_position_embeddings", *(k for k in nano.ROPE if getattr(cfg, k, 0) != getattr(nano.Config, k))}
-        free |= {f.name for f in dataclasses.fields(nano.Config)} - own
+        free |= SHAPE - {"max_position_embeddings", *(k for k in nano.ROPE if getattr(cfg, k, 0) != getattr(nano.Config, k))}
     return [k for k, v in dataclasses.asdict(cfg).items() if k in recorded and k not in free and v != recorded[k]]
 
 
@@ -383,8 +383,8 @@ def settings(out):
 
 def keep_settings(out, cfg, recorded, other):
     """A run that goes on keeps its settings. Refuses `other` ones, or says them where they may change."""
-    kind = lambda keys, stage: ({"batch_tokens", "batch", "prompts"} & set(keys), stage)
-    if kind(recorded, recorded.get("stage")) != kind(vars(cfg), getattr(cfg, "stage", None)):
+    script = lambda fields: ("batch_tokens" in fields, "prompts" in fields, fields.get("stage"))
+    if script(recorded) != script(vars(cfg)):
         return  # of another script or stage: that is found out, and said, when the checkpoint is read
     name = lambda value: re.sub(r"[^,=]*/", "", str(value).rstrip("/"))  # files may have moved
     may = ON_THE_WAY | ({"max_new_tokens"} if hasattr(cfg, "stage") else set())  # sft.py's are for evaluation
@@ -395,7 +395,7 @@ def keep_settings(out, cfg, recorded, other):
         print(f"!!! {k}: {getattr(cfg, k)} instead of the run's {recorded[k]}", file=sys.stderr)
 
 
-def claim(out, cfg, restarted=False, sources=()):
+def claim(out, cfg, restarted, sources):
     """May this run write to `out`? Refuses where another run would suffer -> whether there is one to resume. sources: what
     this run reads weights from.
 
@@ -410,11 +410,11 @@ def claim(out, cfg, restarted=False, sources=()):
         raise SystemExit(f"--overwrite: {out} holds what this run begins from: another --out expected")
     if not files and any(out.glob("*.safetensors")):
         raise SystemExit(f"{out}: holds a model for transformers: another --out expected")
-    if files and cfg.resume:
-        keep_settings(out, cfg, recorded, other)
-    if cfg.resume and not files:
+    if not files and cfg.resume:
         print(f"{out}: nothing to resume: a new run")
-    if files and not cfg.resume and not cfg.overwrite:
+    elif files and cfg.resume:
+        keep_settings(out, cfg, recorded, other)
+    elif files and not cfg.overwrite:
         what = f"another run (other {', '.join(other[:5])})" if other else "this very run"
         raise SystemExit(f"{out}: holds {what}, up to step {int(files[0].stem[5:])}: --resume goes on with it, "
                          f"--overwrite deletes it, --out=DIR leaves it alone")
@@ -431,9 +431,13 @@ def build(cfg, rt, tokenizer, start_from=""):
     else:
         if 0 < cfg.vocab_size < tokenizer.vocab_size:
             raise SystemExit(f"--vocab_size={cfg.vocab_size}: at least the tokenizer's {tokenizer.vocab_size} expected")
-        shape = dataclasses.replace(nano.shape_of(cfg), vocab_size=cfg.vocab_size or tokenizer.vocab_size)
-        model, extra = new_model(shape, rt), {}
+        model, extra = new_model(shape_of(cfg, tokenizer), rt), {}
     return ready(model, cfg, rt), extra
+
+
+def shape_of(cfg, tokenizer):
+    """What a new model of these settings looks like."""
+    return dataclasses.replace(nano.shape_of(cfg), vocab_size=cfg.vocab_size or tokenizer.vocab_size)
 
 
 def new_model(shape, rt):
@@ -686,7 +690,7 @@ def main(cfg):
     if bool(cfg.ablate) + bool(cfg.sweep) + cfg.bench > 1 or (cfg.match or cfg.seeds != 1) and not cfg.ablate:
         raise SystemExit("--ablate (with --match and --seeds), --sweep or --bench: one of them expected")
     if cfg.ablate or cfg.sweep:
-        return ablate(cfg, rt) if cfg.ablate else sweep(cfg, rt)
+        return experiments(cfg, rt)
     check(cfg, rt)
     if cfg.bench:
         return bench(cfg, rt)
@@ -785,60 +789,79 @@ def changed(cfg, rt, flag, change, tokens=0):
         raise SystemExit(f"--{flag}: {', '.join(f'{k}={v}' for k, v in change.items())}: {e}") from None
 
 
-def experiment(cfg, name):
+def rows_of(out):
+    """The rows of a run's metrics.jsonl, if there is one; a last row that was cut off is none."""
+    rows, log = [], Path(out) / "metrics.jsonl"
+    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
+        with contextlib.suppress(ValueError):
+            rows.append(json.loads(line))
+    return rows
+
+
+def experiment(cfg, rt, name):
     """One run of many -> its last metrics, with tok_per_s (the median) and the model's config. A finished one is only read;
     one that diverged is finished too, and worse than all others."""
     cfg = dataclasses.replace(cfg, ablate="", sweep="", match="", seeds=1, out=f"{cfg.out}/{name}", resume=not cfg.overwrite)
     if cfg.resume and (other := other_settings(cfg, settings(cfg.out))):
         raise SystemExit(f"{cfg.out}: another experiment (other {', '.join(other[:5])}): --overwrite or another --out expected")
-    if cfg.overwrite or not any(row.get("final") for row in infra.read_log(cfg.out)):
+    if cfg.overwrite or not any(row.get("final") for row in rows_of(cfg.out)):
         print(f"{name} ...", flush=True)
-        with contextlib.redirect_stdout(io.StringIO()):
-            try:
-                if "stopped" in main(cfg):
-                    raise SystemExit(f"{cfg.out}: stopped; the same command{' without --overwrite' * cfg.overwrite} goes on "
-                                     f"from there")
-            except Diverged as e:
-                if not dist.is_initialized() or dist.get_rank() == 0:
-                    print(f"{name}: {str(e).partition(';')[0]}", file=sys.stderr)
-                    with open(f"{cfg.out}/metrics.jsonl", "a", encoding="utf-8") as f:
-                        f.write(json.dumps(dict(final=True, val_bpb={})) + "\n")
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                result = main(cfg)
+            if "stopped" in result:
+                raise SystemExit(f"{cfg.out}: stopped; the same command{' without --overwrite' * cfg.overwrite} goes on from there")
+        except Diverged as e:
+            if rt.rank == 0:
+                print(f"{name}: {str(e).partition(';')[0]}", file=sys.stderr)
+                with open(Path(cfg.out) / "metrics.jsonl", "a", encoding="utf-8") as f:
+                    f.write(json.dumps(dict(final=True, val_bpb={})) + "\n")
         gc.unfreeze()  # main has frozen its run too: else none of them would ever leave the memory
-        if dist.is_initialized():
-            dist.barrier()  # rank 0 writes what all of them read now
-    rows, shape = list(infra.read_log(cfg.out)), settings(cfg.out)
-    last, speeds = [row for row in rows if row.get("final")][-1], [row["tok_per_s"] for row in rows if "tok_per_s" in row]
-    config = nano.Config(**{f.name: shape[f.name] for f in dataclasses.fields(nano.Config)})
+        all_sum(rt, 0)  # rank 0 writes what all of them read now
+    rows, recorded = rows_of(cfg.out), settings(cfg.out)
+    last = [row for row in rows if row.get("final")][-1]
+    speeds = [row["tok_per_s"] for row in rows if "tok_per_s" in row]
     bpb = {k: math.inf if v is None else v for k, v in last["val_bpb"].items()}
     bpb = defaultdict(lambda: math.inf, bpb, mean=statistics.fmean(bpb.values() or [math.inf]))
+    config = nano.Config(**{name: recorded[name] for name in SHAPE})
     return SimpleNamespace(bpb=bpb, tok_per_s=statistics.median(speeds[1:] or speeds), config=config)
+
+
+def experiments(cfg, rt):
+    """--ablate or --sweep: what came out is in a file too. All of --out belongs to this command."""
+    kind, run_all = ("ablate", ablate) if cfg.ablate else ("sweep", sweep)
+    cfg = dataclasses.replace(cfg, out=f"out/{kind}" if cfg.out == Config.out else cfg.out)
+    with infra.lock(cfg.out) if rt.rank == 0 else contextlib.nullcontext():
+        result = run_all(cfg, rt)
+        infra.write_json(Path(cfg.out) / f"{kind}.json", infra.finite(result))
+    return result
 
 
 def ablate(cfg, rt):
     """Playbook, "Ablation": one change at a time, the same rows in the same order, the same tokens, several seeds. A change whose
-    gap to the baseline could be the seeds' (paired by seed, 95 %) is a tie. -> {name: figures}, also in out/ablate.json."""
+    gap to the baseline could be the seeds' (paired by seed, 95 %) is a tie. -> {name: figures}."""
     if cfg.match not in ("", "params") or cfg.seeds < 1:
         raise SystemExit(f"--match={cfg.match}, --seeds={cfg.seeds}: params or nothing, and at least 1 expected")
-    cfg = dataclasses.replace(cfg, out="out/ablate" if cfg.out == Config.out else cfg.out)
-    locked = infra.lock(cfg.out) if rt.rank == 0 else None  # all of it is this command's
-    shape = lambda c: dataclasses.replace(nano.shape_of(c), vocab_size=c.vocab_size or data.get_tokenizer(c.tokenizer).vocab_size)
-    size, runs, result = nano.num_params(shape(cfg)), {"baseline": cfg}, {}
-    fixed = NOT_THE_EXPERIMENT | {"seed", "steps", "batch_tokens", "init"}
-    fixed |= {"num_hidden_layers"} if cfg.match else set()
+    fixed, runs, result = NOT_THE_EXPERIMENT | {"seed", "steps", "batch_tokens", "init"}, {"baseline": cfg}, {}
+    if cfg.match:
+        fixed |= {"num_hidden_layers"}
     if cfg.init:
-        fixed |= {f.name for f in dataclasses.fields(nano.Config)} - {"max_position_embeddings", *nano.ROPE}
+        fixed |= SHAPE - {"max_position_embeddings", *nano.ROPE}
     for field, values in values_of("ablate", cfg.ablate).items():
         if field in fixed:
             raise SystemExit(f"--ablate={cfg.ablate}: {field} is the same in all runs"
                              + " (--sweep=tokens=...;batch_tokens=...)" * (field in ("steps", "batch_tokens")))
         runs |= {f"{field}={v}": changed(cfg, rt, "ablate", {field: v}) for v in values if v != getattr(cfg, field)}
-    for name, c in runs.items() if cfg.match == "params" else ():
-        deep = [dataclasses.replace(c, num_hidden_layers=n) for n in range(1, 4 * cfg.num_hidden_layers)]
-        runs[name] = min(deep, key=lambda d: abs(nano.num_params(shape(d)) - size))
+    if cfg.match == "params":
+        wanted = nano.num_params(shape_of(cfg, data.get_tokenizer(cfg.tokenizer)))
+        for name, c in runs.items():
+            tokenizer = data.get_tokenizer(c.tokenizer)
+            deep = [dataclasses.replace(c, num_hidden_layers=n) for n in range(1, 4 * cfg.num_hidden_layers)]
+            runs[name] = min(deep, key=lambda d: abs(nano.num_params(shape_of(d, tokenizer)) - wanted))
     found = {name: [] for name in runs}
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for name, c in runs.items():
-            found[name].append(experiment(dataclasses.replace(c, seed=seed), f"{name}-seed{seed}"))
+            found[name].append(experiment(dataclasses.replace(c, seed=seed), rt, f"{name}-seed{seed}"))
     sources = max((list(x.bpb) for each in found.values() for x in each), key=len)  # of one that has not diverged
     print(f"\nbits per byte, mean of {cfg.seeds} seeds\n{'':28}{'parameters':>12}{'KV B/token':>11}{'tok/s':>9}"
           + "".join(f"{s:>9}" for s in sources) + "   gap to the baseline")
@@ -855,17 +878,12 @@ def ablate(cfg, rt):
                             tok_per_s=statistics.median(x.tok_per_s for x in each), bpb=bpb, gap=gap, noise=noise, verdict=verdict)
         print(f"{name:28}{result[name]['params']:12,}{result[name]['kv_bytes_per_token']:11,}{result[name]['tok_per_s']:9,.0f}"
               + "".join(f"{v:9.4f}" for v in bpb.values()) + f"   {gap:+.4f} ± {noise:.4f}  {verdict}" * (name != "baseline"))
-    infra.write_json(Path(cfg.out) / "ablate.json", infra.finite(result))
-    if locked:
-        locked.close()
     return result
 
 
 def sweep(cfg, rt):
     """All combinations of the values, at equal tokens, and the best of each budget; with several budgets a fit of the power law
     best = a · FLOPs^b of learning rate and batch, as the playbook takes it from DeepSeek (arXiv 2401.02954)."""
-    cfg = dataclasses.replace(cfg, out="out/sweep" if cfg.out == Config.out else cfg.out)
-    locked = infra.lock(cfg.out) if rt.rank == 0 else None  # all of it is this command's
     grid = values_of("sweep", cfg.sweep, ["tokens"])
     if "steps" in grid or min(grid.get("batch_tokens", [1]) + grid.get("tokens", [1])) < 1:
         raise SystemExit(f"--sweep={cfg.sweep}: tokens instead of steps, and tokens and batch_tokens of 1 or more expected")
@@ -873,7 +891,7 @@ def sweep(cfg, rt):
     runs = [(tokens, change, changed(cfg, rt, "sweep", change, tokens))
             for tokens, *values in itertools.product(budgets, *grid.values()) for change in [dict(zip(grid, values))]]
     for tokens, change, c in runs:
-        x = experiment(c, f"{tokens}-" + ",".join(f"{k}={v}" for k, v in change.items()))
+        x = experiment(c, rt, f"{tokens}-" + ",".join(f"{k}={v}" for k, v in change.items()))
         flops = tokens * nano.flops_per_token(x.config, x.config.max_position_embeddings)
         table.append(dict(tokens=tokens, flops=flops, lr=c.lr, batch_tokens=c.batch_tokens) | change | dict(bpb=x.bpb["mean"]))
     best = [min((row for row in table if row["tokens"] == t), key=lambda row: row["bpb"]) for t in budgets]
@@ -887,9 +905,6 @@ def sweep(cfg, rt):
         fits[k] = math.exp(log_a), b
         print(f"best {k} = {fits[k][0]:.4g} * FLOPs^{b:.3f}, from {len(best)} budgets"
               + " (two points: no test of it)" * (len(best) == 2))
-    infra.write_json(Path(cfg.out) / "sweep.json", infra.finite(dict(table=table, best=best, fits=fits)))
-    if locked:
-        locked.close()
     return dict(table=table, best=best, fits=fits)
 
 
