@@ -152,11 +152,15 @@ def make_optimizers(model, cfg):
     cfg.decay_embeddings.
     """
     hidden, kept, decayed = [], [], []
-    for n, p in ((n, p) for n, p in model.named_parameters() if p.requires_grad):
-        if cfg.optimizer == "muon" and p.dim() == 2 and "embed_tokens" not in n and "lm_head" not in n:
+    for name, p in model.named_parameters():
+        if not p.requires_grad:
+            continue
+        if cfg.optimizer == "muon" and p.dim() == 2 and "embed_tokens" not in name and "lm_head" not in name:
             hidden.append(p)
+        elif p.dim() < 2 or "embed_tokens" in name and not cfg.decay_embeddings:
+            kept.append(p)
         else:
-            (kept if p.dim() < 2 or "embed_tokens" in n and not cfg.decay_embeddings else decayed).append(p)
+            decayed.append(p)
     groups = [dict(params=p, weight_decay=w) for p, w in ((kept, 0.0), (decayed, cfg.weight_decay)) if p]
     optimizers = [Muon(hidden, cfg.lr, cfg.weight_decay, tp=model.tp)] if hidden else []
     return optimizers + ([torch.optim.AdamW(groups, lr=cfg.lr, betas=(0.9, 0.95), eps=1e-8, fused=True)] if groups else [])
@@ -175,12 +179,12 @@ def optimizer_state(model, optimizers):
 
 def load_optimizer_state(model, optimizers, saved):
     """The way back: what optimizer_state returned, or this rank's part of it, into these optimizers."""
-    for o in optimizers:
-        for name, p in model.named_parameters():
-            if any(p is q for g in o.param_groups for q in g["params"]) and name in saved:
-                # AdamW's step counter, a scalar, stays where its other states are: fused AdamW wants it on the device too
-                o.state[p] = {k: nano.shard(v, p.tp_dim if v.dim() else None, model.tp).clone().to(p.device)
-                              for k, v in saved[name].items()}
+    whose = {p: o for o in optimizers for group in o.param_groups for p in group["params"]}
+    for name, p in model.named_parameters():
+        if p in whose and name in saved:
+            # AdamW's step counter, a scalar, stays where its other states are: fused AdamW wants it on the device too
+            whose[p].state[p] = {k: nano.shard(v, p.tp_dim if v.dim() else None, model.tp).clone().to(p.device)
+                                 for k, v in saved[name].items()}
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -210,15 +214,16 @@ def retrieval(model, tokenizer, lengths, problems=20):
     """{"1024" or "1024 YaRN": % of keys found at each of DEPTHS}: data.passkey, one forward pass each. Lengths beyond the
     rows of training both as the model is and with YaRN, which needs no training; by chance a tenth is right."""
     config, T, found = model.config, model.config.max_position_embeddings, {}
-    for length, yarn in ((n, y) for n in lengths for y in (False, True)[: 1 + (n > T and config.rope_factor == 1)]):
-        more = dict(rope_factor=length / T, original_max_position_embeddings=T) if yarn else {}
-        model.config, scores = dataclasses.replace(config, max_position_embeddings=max(T, length), **more), []
-        for depth in DEPTHS:
-            asked = [data.passkey(random.Random(f"{length} {depth} {i}"), length, depth) for i in range(problems)]
-            answers = nano.generate(model, [tokenizer.encode(prompt) for prompt, _ in asked], 1, temperature=0)
-            right = sum(tokenizer.decode(ids) == key for (ids, _), (_, key) in zip(answers, asked))
-            scores.append(100 * right / problems)
-        found[f"{length}{' YaRN' * yarn}"] = scores
+    for length in lengths:
+        for yarn in (False, True) if length > T and config.rope_factor == 1 else (False,):
+            more = dict(rope_factor=length / T, original_max_position_embeddings=T) if yarn else {}
+            model.config = dataclasses.replace(config, max_position_embeddings=max(T, length), **more)
+            scores = found[f"{length}{' YaRN' * yarn}"] = []
+            for depth in DEPTHS:
+                asked = [data.passkey(random.Random(f"{length} {depth} {i}"), length, depth) for i in range(problems)]
+                answers = nano.generate(model, [tokenizer.encode(prompt) for prompt, _ in asked], 1, temperature=0)
+                right = sum(tokenizer.decode(ids) == key for (ids, _), (_, key) in zip(answers, asked))
+                scores.append(100 * right / problems)
     model.config = config
     return found
 
@@ -309,14 +314,12 @@ def micro_batches(model, n, size, rt):
 def clip_grad_norm(model, max_norm, rt):
     """Scale the gradients to at most max_norm; returns the norm before. Parameters that TP ranks share count once: were
     every rank to sum what it holds, ranks would scale differently and their norm weights drift apart."""
-    grads = {True: [], False: []}
-    for p in model.parameters():
-        if p.grad is not None:
-            grads[p.tp_dim is not None].append(p.grad)
-    square = nn.utils.get_total_norm(grads[True]).square()
+    sharded = [p.grad for p in model.parameters() if p.grad is not None and p.tp_dim is not None]
+    shared = [p.grad for p in model.parameters() if p.grad is not None and p.tp_dim is None]
+    square = nn.utils.get_total_norm(sharded).square()
     if rt.tp_group is not None:
         dist.all_reduce(square, group=rt.tp_group)
-    norm = (square + nn.utils.get_total_norm(grads[False]).square()).sqrt()
+    norm = (square + nn.utils.get_total_norm(shared).square()).sqrt()
     nn.utils.clip_grads_with_norm_(model.parameters(), max_norm, norm)
     return norm
 
