@@ -360,33 +360,24 @@ def show(run, sample):
 
 def check(cfg, rt):
     """Errors that would otherwise surface deep inside, or not at all."""
-    one_of = dict(mode=("no_think", "think"), style=("", "compact", "smollm3", "chatml"), loss_type=LOSSES,
-                  scale_rewards=("group", "batch", "none"), importance_sampling_level=("token", "sequence"),
-                  optimizer=("muon", "adamw"))
-    for name, known in one_of.items():
-        if getattr(cfg, name) not in known:
-            raise SystemExit(f"--{name}={getattr(cfg, name)}: {', '.join(filter(None, known))} expected")
-    for bad, message in (
-            (min(cfg.steps, cfg.prompts, cfg.max_new_tokens, cfg.num_iterations, cfg.log_every, cfg.eval_every, cfg.save_every)
-             < 1, "--steps, --prompts, --max_new_tokens, --num_iterations, --*_every: at least 1 expected"),
-            (cfg.num_generations < 2 and not cfg.teacher,
-             f"--num_generations={cfg.num_generations}: at least 2 expected: answers are compared with each other"),
-            (cfg.num_generations < 1, f"--num_generations={cfg.num_generations}: at least 1 expected"),
-            (cfg.prompts % rt.dp_size, f"--prompts={cfg.prompts}: a multiple of the {rt.dp_size} replicas expected"),
-            (cfg.steps % max(1, cfg.num_iterations),
-             f"--steps={cfg.steps}: a multiple of --num_iterations={cfg.num_iterations} expected"),
-            (cfg.micro_batch < 0, f"--micro_batch={cfg.micro_batch}: 0 or more expected"),
-            (min(cfg.temperature, cfg.lr, cfg.grad_clip) <= 0, "--temperature, --lr, --grad_clip: more than 0 expected"),
-            (min(cfg.epsilon, cfg.epsilon_high, cfg.beta) < 0 or cfg.epsilon >= 1,
-             "--epsilon (below 1), --epsilon_high, --beta: 0 or more expected"),
-            (not 0 <= cfg.warmup <= 1, f"--warmup={cfg.warmup}: 0 to 1 expected"),
-            (cfg.overlong_max < 0 or not 0 <= cfg.overlong_cache <= (cfg.overlong_max or math.inf),
-             f"--overlong_cache={cfg.overlong_cache}: 0 to --overlong_max={cfg.overlong_max} expected"),
-            (not (cfg.rewards or cfg.overlong_max or cfg.teacher),
-             "--rewards, --overlong_max, --teacher: one of them expected, else there is nothing to learn"),
-            (cfg.resume and cfg.overwrite, "--resume and --overwrite: one of them expected")):
-        if bad:
-            raise SystemExit(message)
+    train.refuse(cfg, dict(
+        mode=("no_think", "think"), style=("", "compact", "smollm3", "chatml"), loss_type=LOSSES,
+        scale_rewards=("group", "batch", "none"), importance_sampling_level=("token", "sequence")), (
+        (min(cfg.steps, cfg.prompts, cfg.max_new_tokens, cfg.num_iterations) < 1,
+         "--steps, --prompts, --max_new_tokens, --num_iterations: at least 1 expected"),
+        (cfg.num_generations < 2 and not cfg.teacher,
+         f"--num_generations={cfg.num_generations}: at least 2 expected: answers are compared with each other"),
+        (cfg.num_generations < 1, f"--num_generations={cfg.num_generations}: at least 1 expected"),
+        (cfg.prompts % rt.dp_size, f"--prompts={cfg.prompts}: a multiple of the {rt.dp_size} replicas expected"),
+        (cfg.steps % max(1, cfg.num_iterations),
+         f"--steps={cfg.steps}: a multiple of --num_iterations={cfg.num_iterations} expected"),
+        (min(cfg.temperature, cfg.lr, cfg.grad_clip) <= 0, "--temperature, --lr, --grad_clip: more than 0 expected"),
+        (min(cfg.epsilon, cfg.epsilon_high, cfg.beta) < 0 or cfg.epsilon >= 1,
+         "--epsilon (below 1), --epsilon_high, --beta: 0 or more expected"),
+        (cfg.overlong_max < 0 or not 0 <= cfg.overlong_cache <= (cfg.overlong_max or math.inf),
+         f"--overlong_cache={cfg.overlong_cache}: 0 to --overlong_max={cfg.overlong_max} expected"),
+        (not (cfg.rewards or cfg.overlong_max or cfg.teacher),
+         "--rewards, --overlong_max, --teacher: one of them expected, else there is nothing to learn")))
 
 
 def first_of(cfg):

@@ -531,30 +531,20 @@ def check(cfg, rt):
     missing = {k: v for k, v in defaults.items() if not (getattr(cfg, k) or k == "init" and learns)}  # open_model finds that
     cfg = dataclasses.replace(cfg, **missing)
     rows = cfg.batch // rt.dp_size
-    for bad, message in (
-            (cfg.stage == "merge" and rt.world_size > 1, "--stage=merge: one process expected, without torchrun"),
-            (cfg.style not in ("", "compact", "smollm3", "chatml"), f"--style={cfg.style}: compact, smollm3 or chatml expected"),
-            (cfg.loss_on not in ("assistant", "all"), f"--loss_on={cfg.loss_on}: assistant or all expected"),
-            (cfg.loss_type not in ("apo_zero", "apo_down", "sigmoid", "ipo"),
-             f"--loss_type={cfg.loss_type}: apo_zero, apo_down, sigmoid or ipo expected"),
-            (cfg.packing not in ("bfd", "longest", "max_length"),
-             f"--packing={cfg.packing}: bfd, longest or max_length expected"),
-            (cfg.pairs not in ("self", "sums"), f"--pairs={cfg.pairs}: self or sums expected (a file of pairs: --data)"),
-            (cfg.optimizer not in ("muon", "adamw"), f"--optimizer={cfg.optimizer}: muon or adamw expected"),
-            (min(cfg.log_every, cfg.eval_every, cfg.save_every, cfg.max_length, cfg.samples, cfg.max_new_tokens) < 1,
-             "--*_every, --max_length, --samples, --max_new_tokens: at least 1 expected"),
-            (cfg.steps < 0 or not cfg.steps and cfg.epochs <= 0, "--steps or --epochs: more than 0 expected"),
-            (learns and min(cfg.batch, cfg.lr, cfg.grad_clip, cfg.beta) <= 0,
-             f"--batch={cfg.batch}, --lr={cfg.lr}, --grad_clip={cfg.grad_clip}, --beta={cfg.beta}: more than 0 expected"),
-            (not 0 <= cfg.warmup <= 1 or not 0 <= cfg.val_fraction < 1, "--warmup, --val_fraction: 0 to 1 expected"),
-            (cfg.lora_rank < 0 or not 0 <= cfg.lora_dropout < 1, "--lora_rank: 0 or more, --lora_dropout: 0 to 1 expected"),
-            (cfg.merge and not cfg.lora_rank, "--merge: --lora_rank expected (two models: --stage=merge)"),
-            (cfg.batch % rt.dp_size, f"--batch={cfg.batch}: a multiple of the {rt.dp_size} replicas expected"),
-            (cfg.micro_batch < 0 or cfg.micro_batch and rows % cfg.micro_batch,
-             f"--micro_batch={cfg.micro_batch}: a divisor of each process's {rows} rows expected"),
-            (cfg.resume and cfg.overwrite, "--resume and --overwrite: one of them expected")):
-        if bad:
-            raise SystemExit(message)
+    train.refuse(cfg, dict(
+        style=("", "compact", "smollm3", "chatml"), loss_on=("assistant", "all"), packing=("bfd", "longest", "max_length"),
+        pairs=("self", "sums"), loss_type=("apo_zero", "apo_down", "sigmoid", "ipo")), (
+        (cfg.stage == "merge" and rt.world_size > 1, "--stage=merge: one process expected, without torchrun"),
+        (min(cfg.max_length, cfg.samples, cfg.max_new_tokens) < 1, "--max_length, --samples, --max_new_tokens: at least 1 expected"),
+        (cfg.steps < 0 or not cfg.steps and cfg.epochs <= 0, "--steps or --epochs: more than 0 expected"),
+        (learns and min(cfg.batch, cfg.lr, cfg.grad_clip, cfg.beta) <= 0,
+         f"--batch={cfg.batch}, --lr={cfg.lr}, --grad_clip={cfg.grad_clip}, --beta={cfg.beta}: more than 0 expected"),
+        (not 0 <= cfg.val_fraction < 1, f"--val_fraction={cfg.val_fraction}: 0 to 1 expected"),
+        (cfg.lora_rank < 0 or not 0 <= cfg.lora_dropout < 1, "--lora_rank: 0 or more, --lora_dropout: 0 to 1 expected"),
+        (cfg.merge and not cfg.lora_rank, "--merge: --lora_rank expected (two models: --stage=merge)"),
+        (cfg.batch % rt.dp_size, f"--batch={cfg.batch}: a multiple of the {rt.dp_size} replicas expected"),
+        (cfg.micro_batch and rows % cfg.micro_batch,
+         f"--micro_batch={cfg.micro_batch}: a divisor of each process's {rows} rows expected")))
     return cfg
 
 

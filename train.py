@@ -343,28 +343,41 @@ ON_THE_WAY = {"lr", "grad_clip", "steps", "epochs", "skip_samples", "micro_batch
               "tokenizer", "init", "stage", "teacher", "data", "problems", "tasks", "lora_rank", "lora_alpha", "lora_targets"}
 
 
+def refuse(cfg, choices, faults):
+    """Stop with one line at the first setting that is none of its choices, {field: choices}, and at the first fault, (is it
+    there?, what to say); what all three scripts have to ask comes last."""
+    for name, known in (choices | dict(optimizer=("muon", "adamw"))).items():
+        if getattr(cfg, name) not in known:
+            *others, last = filter(None, known)
+            raise SystemExit(f"--{name}={getattr(cfg, name)}: {', '.join(others)} or {last} expected")
+    for bad, message in (
+            *faults,
+            (min(cfg.log_every, cfg.eval_every, cfg.save_every) < 1, "--*_every: at least 1 expected"),
+            (not 0 <= cfg.warmup <= 1, f"--warmup={cfg.warmup}: 0 to 1, a share of the steps, expected"),
+            (cfg.micro_batch < 0, f"--micro_batch={cfg.micro_batch}: 0 or more expected"),
+            (cfg.resume and cfg.overwrite, "--resume and --overwrite: one of them expected")):
+        if bad:
+            raise SystemExit(message)
+
+
 def check(cfg, rt):
     """Errors that would otherwise surface deep inside, or not at all."""
     T = cfg.max_position_embeddings
     rows = cfg.batch_tokens // T // rt.dp_size  # of one replica
-    for bad, message in (
-            (cfg.optimizer not in ("muon", "adamw"), f"--optimizer={cfg.optimizer}: muon or adamw expected"),
-            (cfg.schedule not in ("wsd", "cosine", "multistep"),
-             f"--schedule={cfg.schedule}: wsd, cosine or multistep expected"),
-            (min(cfg.steps, cfg.log_every, cfg.eval_every, cfg.save_every) < 1, "--steps, --*_every: at least 1 expected"),
-            (cfg.weight_decay < 0, f"--weight_decay={cfg.weight_decay}: 0 or more expected"),
-            (cfg.lr <= 0 or cfg.grad_clip <= 0, "--lr, --grad_clip: more than 0 expected"),
-            (not 0 <= cfg.warmup <= 1 or not 0 <= cfg.decay <= 1 or cfg.schedule == "wsd" and cfg.warmup + cfg.decay > 1,
-             "--warmup, --decay: 0 to 1, a share of the run, expected, and not more than 1 together"),
-            (cfg.batch_tokens % (T * rt.dp_size) or rows < 1, f"--batch_tokens={cfg.batch_tokens}: a multiple of "
-             f"--max_position_embeddings={T}" + f" times {rt.dp_size} replicas" * (rt.dp_size > 1) + " expected"),
-            (cfg.micro_batch < 0 or cfg.micro_batch and rows % cfg.micro_batch,
-             f"--micro_batch={cfg.micro_batch}: a divisor of each process's {rows} rows expected"),
-            (cfg.passkey and (cfg.tokenizer != "bytes" or not re.fullmatch(r"[1-9]\d+(,[1-9]\d+)*", cfg.passkey)),
-             f"--passkey={cfg.passkey}: row lengths such as 256,1024 and --tokenizer=bytes expected"),
-            (cfg.resume and cfg.overwrite, "--resume and --overwrite: one of them expected")):
-        if bad:
-            raise SystemExit(message)
+    replicas = f" times {rt.dp_size} replicas" * (rt.dp_size > 1)
+    refuse(cfg, dict(schedule=("wsd", "cosine", "multistep")), (
+        (cfg.steps < 1, f"--steps={cfg.steps}: at least 1 expected"),
+        (cfg.weight_decay < 0, f"--weight_decay={cfg.weight_decay}: 0 or more expected"),
+        (cfg.lr <= 0 or cfg.grad_clip <= 0, "--lr, --grad_clip: more than 0 expected"),
+        (not 0 <= cfg.decay <= 1, f"--decay={cfg.decay}: 0 to 1, a share of the steps, expected"),
+        (cfg.schedule == "wsd" and cfg.warmup + cfg.decay > 1,
+         f"--warmup={cfg.warmup}, --decay={cfg.decay}: together 0 to 1 expected"),
+        (cfg.batch_tokens % (T * rt.dp_size) or rows < 1,
+         f"--batch_tokens={cfg.batch_tokens}: a multiple of --max_position_embeddings={T}{replicas} expected"),
+        (cfg.micro_batch and rows % cfg.micro_batch,
+         f"--micro_batch={cfg.micro_batch}: a divisor of each process's {rows} rows expected"),
+        (cfg.passkey and (cfg.tokenizer != "bytes" or not re.fullmatch(r"[1-9]\d+(,[1-9]\d+)*", cfg.passkey)),
+         f"--passkey={cfg.passkey}: row lengths such as 256,1024 and --tokenizer=bytes expected")))
 
 
 def other_settings(cfg, recorded):

@@ -1081,10 +1081,10 @@ def test_embedded_problems_are_neither_held_out_nor_trained_on_before(tmp_path):
 # --- what is refused, and what is only said --------------------------------------------------------------------------
 
 @pytest.mark.parametrize("change, message", [
-    (dict(mode="both"), "--mode=both: no_think, think expected"), (dict(style="llama"), "--style=llama: compact, smollm3"),
-    (dict(loss_type="ppo"), "--loss_type=ppo: dapo, grpo, dr_grpo, bnpo"), (dict(optimizer="sgd"), "--optimizer=sgd: muon"),
-    (dict(scale_rewards="all"), "--scale_rewards=all: group, batch, none"),
-    (dict(importance_sampling_level="word"), "--importance_sampling_level=word: token, sequence"),
+    (dict(mode="both"), "--mode=both: no_think or think expected"), (dict(style="llama"), "--style=llama: compact, smollm3"),
+    (dict(loss_type="ppo"), "--loss_type=ppo: dapo, grpo, dr_grpo or bnpo"), (dict(optimizer="sgd"), "--optimizer=sgd: muon"),
+    (dict(scale_rewards="all"), "--scale_rewards=all: group, batch or none"),
+    (dict(importance_sampling_level="word"), "--importance_sampling_level=word: token or sequence"),
     (dict(num_generations=1), "--num_generations=1: at least 2"), (dict(steps=0), "--steps.*at least 1"),
     (dict(teacher="x", num_generations=0), "--num_generations=0: at least 1"), (dict(prompts=0), "--prompts.*at least 1"),
     (dict(max_new_tokens=0), "--max_new_tokens.*at least 1"), (dict(num_iterations=0), "--num_iterations.*at least 1"),

@@ -1412,7 +1412,7 @@ def test_a_model_that_makes_no_pairs_of_its_own_is_told_so(tiny, capsys):
     (dict(steps=-1), "--steps or --epochs"), (dict(steps=0, epochs=0.0), "--steps or --epochs: more than 0"),
     (dict(lr=-1.0), "--lr.*more than 0"), (dict(grad_clip=0.0), "grad_clip"), (dict(beta=0.0), "--beta=0.0: more than 0"),
     (dict(warmup=1.5), "--warmup.*0 to 1"), (dict(warmup=-0.1), "--warmup"),
-    (dict(val_fraction=-0.1), "--val_fraction"), (dict(val_fraction=1.0), "--val_fraction: 0 to 1"),
+    (dict(val_fraction=-0.1), "--val_fraction"), (dict(val_fraction=1.0), "--val_fraction=1.0: 0 to 1"),
     (dict(lora_rank=-1), "--lora_rank: 0 or more"),
     (dict(lora_rank=2, lora_dropout=1.0), "--lora_dropout: 0 to 1"), (dict(merge=True), "--merge: --lora_rank"),
     (dict(micro_batch=3), "--micro_batch=3: a divisor of each process's 4 rows"), (dict(batch=-4), "--batch=-4"),
