@@ -262,12 +262,14 @@ def encode_all(rows, encode, cfg, tokenizer, dropped):
 
 def load(cfg, encode, tokenizer, default):
     """-> (examples for training, held-out ones), from cfg.data or the (name, rows) of `default`; prints what there is."""
-    sources = [default] if default else [(name, [row for f in files for row in data.read_examples(f, dropped)], dropped)
-                                         for name, files in data.find_files("data", cfg.data) for dropped in [{}]]
-    train_part, val_part, lines, total = [], [], [], 0
+    sources, train_part, val_part, lines, total = [default] if default else [], [], [], [], 0
+    for name, files in data.find_files("data", cfg.data) if not default else ():
+        dropped = {}
+        sources.append((name, [row for f in files for row in data.read_examples(f, dropped)], dropped))
     for name, rows, dropped in sources:
         kept, held, cuts = encode_all(rows, encode, cfg, tokenizer, dropped)
-        tokens, trained = (sum(f(x) for e in kept for x in e) for f in (lambda x: len(x[0]), lambda x: sum(x[1])))
+        tokens = sum(len(ids) for example in kept for ids, _ in example)
+        trained = sum(sum(mask) for example in kept for _, mask in example)
         train_part, val_part, total = train_part + kept, val_part + held, total + trained
         why = "".join(f"; dropped {n}: {reason}" for reason, n in dropped.items())
         lines.append((name, len(kept), len(held), tokens, trained, f"{cuts} cut" * bool(cuts) + why))
@@ -550,20 +552,20 @@ def check(cfg, rt):
 
 def open_model(cfg, rt, resuming):
     """-> (model, what its checkpoint holds besides, run.lora). From cfg.init or the stage's default, else a small new one."""
-    init = cfg.init or DEFAULTS[cfg.stage]["init"]
-    if not cfg.init and not nano.checkpoints(init):
-        init = ""
-    here = nano.read_checkpoint(cfg.out, fold=False) if resuming else {}
+    default = DEFAULTS[cfg.stage]["init"]
+    init = cfg.init or (default if nano.checkpoints(default) else "")
+    here = nano.read_checkpoint(cfg.out, fold=False) if resuming else None
     if resuming and bool(here["lora"]) != bool(cfg.lora_rank):
-        raise SystemExit(f"--resume: {cfg.out} holds {'adapters' if here['lora'] else 'a whole model'}: --lora_rank"
-                         f"{'' if here['lora'] else '=0, without --merge,'} expected")
-    if init or resuming:
-        source = cfg.out if resuming and not cfg.lora_rank else init
-        theirs = any(Path(source).glob("*.safetensors"))
+        raise SystemExit(f"--resume: {cfg.out} holds {'adapters' if here['lora'] else 'a whole model'}: --init={cfg.out} and "
+                         f"another --out expected")
+    if resuming and not cfg.lora_rank:
+        model, extra = nano.load_checkpoint(here, rt.device, rt.tp_group)
+    elif init:
+        theirs = any(Path(init).glob("*.safetensors"))
         dtype = rt.dtype if cfg.lora_rank and theirs else torch.float32  # a frozen 3B in half the memory
-        model, extra = nano.load_checkpoint(source, rt.device, rt.tp_group, dtype)
+        model, extra = nano.load_checkpoint(init, rt.device, rt.tp_group, dtype)
     else:
-        print(f"\n!!! no checkpoint in {DEFAULTS[cfg.stage]['init']}: starting from a small model that knows nothing "
+        print(f"\n!!! no checkpoint in {default}: starting from a small model that knows nothing "
               f"(python train.py makes one that does)\n")
         model, extra = train.new_model(nano.Config(), rt), dict(tokenizer="bytes", train_config={})
     lora = None
@@ -571,18 +573,13 @@ def open_model(cfg, rt, resuming):
         if "path" not in extra:
             raise SystemExit("--lora_rank: a checkpoint to adapt expected (--init=DIR; python train.py writes out/base)")
         add_lora(model, cfg, rt)
-        base = os.path.relpath(extra["path"], cfg.out)
-        if os.sep not in base:
-            raise SystemExit(f"--lora_rank: {cfg.out} holds the base of the adapters: another --out expected")
-        if resuming and here["lora"]["crc"] != extra["crc"]:
+        lora = dict(scale=cfg.lora_alpha / cfg.lora_rank, base=os.path.relpath(extra["path"], cfg.out), crc=extra["crc"])
+    if lora and resuming:
+        if here["lora"]["crc"] != lora["crc"]:
             raise SystemExit(f"--resume: {extra['path']}: not the file that the adapters in {cfg.out} were trained on")
-        if resuming and any(here["train_config"][k] != getattr(cfg, k) for k in ("lora_rank", "lora_alpha", "lora_targets")):
-            raise SystemExit(f"--resume: {cfg.out} has other --lora_rank, --lora_alpha, --lora_targets: the same expected")
-        lora = dict(scale=cfg.lora_alpha / cfg.lora_rank, base=base, crc=extra["crc"])
-        if resuming:
-            model.load_state_dict({n: nano.shard(here["model"][n], p.tp_dim, rt.tp_group)
-                                   for n, p in model.named_parameters() if p.requires_grad}, strict=False)
-            extra = here
+        model.load_state_dict({n: nano.shard(here["model"][n], p.tp_dim, rt.tp_group)
+                               for n, p in model.named_parameters() if p.requires_grad}, strict=False)
+        extra = here
     model.config.max_position_embeddings = max(model.config.max_position_embeddings, cfg.max_length)
     return train.ready(model, cfg, rt), extra, lora
 

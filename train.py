@@ -305,10 +305,11 @@ def over_replicas(rt, x):
 def micro_batches(model, n, size, rt):
     """Slices of n rows, `size` (0: n) at a time, for a loop of forwards and backwards: replicas exchange their gradients
     once, in the last backward."""
-    for i in range(0, n, size or n):
-        silent = rt.dp_group is not None and i + (size or n) < n
+    size = size or n
+    for i in range(0, n, size):
+        silent = rt.dp_group is not None and i + size < n
         with model.no_sync() if silent else contextlib.nullcontext():
-            yield slice(i, i + (size or n))
+            yield slice(i, i + size)
 
 
 def clip_grad_norm(model, max_norm, rt):
@@ -340,7 +341,7 @@ NOT_THE_EXPERIMENT = {"resume", "overwrite", "wandb", "bench", "log_every", "eva
                       "tp", "probe", "ablate", "sweep", "match", "seeds", "out"}
 # What --resume may change too, which is said; and what the checkpoint tells better, by a checksum or in words of its own.
 ON_THE_WAY = {"lr", "grad_clip", "steps", "epochs", "skip_samples", "micro_batch", "num_iterations", "samples", "merge",
-              "tokenizer", "init", "stage", "teacher", "data", "problems", "tasks", "lora_rank", "lora_alpha", "lora_targets"}
+              "tokenizer", "init", "stage", "teacher", "data", "problems", "tasks"}
 
 
 def refuse(cfg, choices, faults):
@@ -903,9 +904,10 @@ def sweep(cfg, rt):
     grid = values_of("sweep", cfg.sweep, ["tokens"])
     if "steps" in grid or min(grid.get("batch_tokens", [1]) + grid.get("tokens", [1])) < 1:
         raise SystemExit(f"--sweep={cfg.sweep}: tokens instead of steps, and tokens and batch_tokens of 1 or more expected")
-    budgets, table = grid.pop("tokens", [cfg.steps * cfg.batch_tokens]), []
-    runs = [(tokens, change, changed(cfg, rt, "sweep", change, tokens))
-            for tokens, *values in itertools.product(budgets, *grid.values()) for change in [dict(zip(grid, values))]]
+    budgets, runs, table = grid.pop("tokens", [cfg.steps * cfg.batch_tokens]), [], []
+    for tokens, *values in itertools.product(budgets, *grid.values()):
+        change = dict(zip(grid, values))
+        runs.append((tokens, change, changed(cfg, rt, "sweep", change, tokens)))  # all of them can be trained, or none is
     for tokens, change, c in runs:
         x = experiment(c, rt, f"{tokens}-" + ",".join(f"{k}={v}" for k, v in change.items()))
         flops = tokens * nano.flops_per_token(x.config, x.config.max_position_embeddings)
