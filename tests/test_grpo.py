@@ -11,6 +11,7 @@ import torch
 
 import grpo, infra, model as nano
 from models import random_model
+from runs import one_line
 
 CPU = infra.setup(infra.Machine(device="cpu", dtype="float32"))         # one process, alone
 SHAPE = dict(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -22,13 +23,6 @@ NAN, LEVELS, SCALES = math.nan, ("token", "sequence"), ("group", "batch", "none"
 
 def small_model(seed=0, **change):
     return random_model(seed, **SHAPE | change)
-
-
-def one_line(call, *arguments, match):
-    """The call ends with one line that says so."""
-    with pytest.raises(SystemExit, match=match) as error:
-        call(*arguments)
-    assert "\n" not in error.value.code
 
 
 def double(*values):
@@ -859,12 +853,12 @@ def test_a_step_in_which_nothing_was_scored_has_metrics_all_the_same():
 # --- settings --------------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("change, message", [
-    (dict(mode="thinking"), "--mode=thinking: no_think, think expected"), (dict(mode=""), "--mode=: "),
-    (dict(style="llama"), "--style=llama: compact, smollm3, chatml expected"),
-    (dict(loss_type="ppo"), "--loss_type=ppo: dapo, grpo, dr_grpo, bnpo expected"),
-    (dict(scale_rewards="std"), "--scale_rewards=std: group, batch, none expected"),
-    (dict(importance_sampling_level="word"), "--importance_sampling_level=word: token, sequence expected"),
-    (dict(optimizer="sgd"), "--optimizer=sgd: muon, adamw expected"),
+    (dict(mode="thinking"), "--mode=thinking: no_think or think expected"), (dict(mode=""), "--mode=: "),
+    (dict(style="llama"), "--style=llama: compact, smollm3 or chatml expected"),
+    (dict(loss_type="ppo"), "--loss_type=ppo: dapo, grpo, dr_grpo or bnpo expected"),
+    (dict(scale_rewards="std"), "--scale_rewards=std: group, batch or none expected"),
+    (dict(importance_sampling_level="word"), "--importance_sampling_level=word: token or sequence expected"),
+    (dict(optimizer="sgd"), "--optimizer=sgd: muon or adamw expected"),
     (dict(steps=0), "--steps.*at least 1"), (dict(prompts=0), "--prompts.*at least 1"), (dict(prompts=-4), "--prompts.*at"),
     (dict(max_new_tokens=0), "--max_new_tokens.*at least 1"), (dict(num_iterations=0), "--num_iterations.*at least 1"),
     (dict(num_iterations=-1), "--num_iterations.*at least 1"),

@@ -14,10 +14,10 @@ import torch._dynamo   # otherwise every forked rank imports it anew, for second
 import data, grpo, infra, model as nano, sft, train
 from models import random_model
 from processes import run as ranks
+from runs import TIMING, assert_same_state, one_line, resumed, rows, steps, stopped_run, untimed, weights, write
 
 BYTES = data.get_tokenizer("bytes")
 END = BYTES.special["<|im_end|>"]
-TIMING = {"seconds", "tok_per_s", "rollout_seconds", "update_seconds"}
 SHAPE = dict(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, no_rope_layer_interval=2, max_position_embeddings=128, initializer_range=0.1)
 KINDS = {"plain": {}, "twice": dict(num_iterations=2), "beta": dict(beta=0.1, optimizer="adamw"),
@@ -71,11 +71,6 @@ def checkpoint(folder, model=None, step=0, tokenizer="bytes", train_config=None)
     return nano.save_checkpoint(folder, model or small_model(), step, tokenizer=tokenizer, train_config=train_config)
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
-
-
 @pytest.fixture(scope="session")
 def place(tmp_path_factory):
     """base/, which runs start from, other/, another model, problems, held-out ones and rewards."""
@@ -126,61 +121,6 @@ def session(cfg):
         return grpo.main(cfg), begun[0], [samples for _, _, samples in made]
 
 
-def stopped_run(cfg, step):
-    """Start cfg and stop it by a real SIGTERM in step `step`. Uncaught it would end pytest: make it an error."""
-    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM was not caught"))
-    original = train.lr_at
-
-    def lr_at(at, cfg):
-        if at == step - 1:
-            signal.raise_signal(signal.SIGTERM)
-        return original(at, cfg)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "lr_at", lr_at)
-            result = grpo.main(cfg)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert result["stopped"] == "SIGTERM" and result["step"] == -(-step // cfg.num_iterations) * cfg.num_iterations
-    return result
-
-
-def resumed(cfg, **change):
-    return dataclasses.replace(cfg, resume=True, **change)
-
-
-def rows(cfg):
-    return [json.loads(line) for line in (Path(cfg.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def untimed(cfg):
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows(cfg)]
-
-
-def steps(cfg):
-    """The rows of training steps."""
-    return [row for row in rows(cfg) if "grad_norm" in row]
-
-
-def tensors(value, at=""):
-    """All tensors in nested dicts, by path."""
-    if isinstance(value, torch.Tensor):
-        return {at: value}
-    inside = value.items() if isinstance(value, dict) else ()
-    return {k: t for name, v in inside for k, t in tensors(v, f"{at}/{name}").items()}
-
-
-def assert_same_state(one, other):
-    """Two run directories hold the same weights, optimizer states and places in the run, bit for bit."""
-    a, b = map(nano.read_checkpoint, (one, other))
-    for part in ("model", "optimizer"):
-        x, y = tensors(a[part]), tensors(b[part])
-        assert x.keys() == y.keys() and x and all(torch.equal(x[k], y[k]) for k in x), part
-    untimed = [state["monitor"] | dict(seconds=0) for state in (a, b)]
-    assert untimed[0] == untimed[1]
-    assert a["step"] == b["step"] and a["consumed_samples"] == b["consumed_samples"]
-
-
 def assert_alike(one, other, tolerance=2e-4):
     """Two runs went the same way: answers, steps and final weights."""
     for a, b in zip(steps(one), steps(other), strict=True):
@@ -191,20 +131,9 @@ def assert_alike(one, other, tolerance=2e-4):
     assert all((a[n] - b[n]).abs().max() < tolerance for n in a)
 
 
-def weights(folder):
-    return nano.load_checkpoint(folder)[0].state_dict()
-
-
 def same_weights(one, other):
     a, b = (weights(x) if isinstance(x, str | Path) else x for x in (one, other))
     return all(torch.equal(a[n], b[n]) for n in a)
-
-
-def one_line(call, *arguments, match):
-    """The call ends with one line that says so."""
-    with pytest.raises(SystemExit, match=match) as error:
-        call(*arguments)
-    assert "\n" not in str(error.value)
 
 
 def scripted(script):
@@ -965,7 +894,8 @@ def test_a_step_that_teaches_nothing_leaves_the_weights_alone_after_others_that_
     original, calls = grpo.advantages, []
     monkeypatch.setattr(grpo, "advantages", lambda *a: original(*a) * (calls.append(a) or len(calls) not in (3, 4)))
     cfg, kept = config(optimizer=optimizer, steps=6, save_every=1), []
-    monkeypatch.setattr(train, "save", lambda run, last=False: kept.append({n: p.clone() for n, p in run.model.named_parameters()}))
+    monkeypatch.setattr(train, "save", lambda run, last=False: kept.append(
+        {n: p.clone() for n, p in run.model.named_parameters()}))
     grpo.main(cfg)
     assert [same_weights(a, b) for a, b in zip(kept, kept[1:])] == [False, True, True, False, False]
     assert [row["grad_norm"] == 0 for row in steps(cfg)] == [False, False, True, True, False, False]

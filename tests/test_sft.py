@@ -16,11 +16,11 @@ from torch.nn import functional as F
 import data, infra, model as nano, sft, train
 from models import random_model
 from processes import run as ranks
+from runs import assert_same_state, one_line, resumed, rows, steps, stopped_run, untimed, weights, write
 
 CPU = infra.setup(infra.Machine(device="cpu", dtype="float32"))         # one process, alone
 BYTES = data.get_tokenizer("bytes")
 END, EOS = BYTES.special["<|im_end|>"], BYTES.eos
-TIMING = {"seconds", "tok_per_s", "trained_tok_per_s"}
 SHAPE = dict(vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
              num_key_value_heads=2, no_rope_layer_interval=2, max_position_embeddings=128, initializer_range=0.1)
 KINDS = {"sft": {}, "apo": dict(stage="apo"), "lora": dict(lora_rank=4), "lora apo": dict(stage="apo", lora_rank=4)}
@@ -52,11 +52,6 @@ def pairs():
         think = f"<think>\n{i % 5}\n</think>\n" * (i % 2)
         chosen, rejected = "YES"[:1 + i % 3] * (1 + i % 2), "no" * (1 + i % 4)
         yield dict(prompt=f"Say {i}", chosen=think + chosen, rejected=think + rejected)
-
-
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return str(path)
 
 
 @pytest.fixture(scope="session")
@@ -96,66 +91,6 @@ def session(cfg):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sft, "begin", lambda *a: begun.append(original(*a)) or begun[0])
         return sft.main(cfg), begun[0]
-
-
-def stopped_run(cfg, step):
-    """Start cfg and stop it by a real SIGTERM in step `step`. Uncaught it would end pytest: make it an error."""
-    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM was not caught"))
-    original = train.lr_at
-
-    def lr_at(at, cfg):
-        if at == step - 1:
-            signal.raise_signal(signal.SIGTERM)
-        return original(at, cfg)
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(train, "lr_at", lr_at)
-            result = sft.main(cfg)
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    assert result["stopped"] == "SIGTERM" and result["step"] == step
-    return result
-
-
-def resumed(cfg, **change):
-    return dataclasses.replace(cfg, resume=True, **change)
-
-
-def rows(cfg):
-    return [json.loads(line) for line in (Path(cfg.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def untimed(cfg):
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows(cfg)]
-
-
-def steps(cfg):
-    """The rows of training steps."""
-    return [row for row in rows(cfg) if "grad_norm" in row]
-
-
-def tensors(value, at=""):
-    """All tensors in nested dicts, by path."""
-    if isinstance(value, torch.Tensor):
-        return {at: value}
-    inside = value.items() if isinstance(value, dict) else ()
-    return {k: t for name, v in inside for k, t in tensors(v, f"{at}/{name}").items()}
-
-
-def assert_same_state(one, other):
-    """Two run directories hold the same weights, optimizer states and reference log-probs, bit for bit."""
-    a, b = (nano.read_checkpoint(x, fold=False) for x in (one, other))
-    for part in ("model", "optimizer", "monitor"):
-        x, y = tensors(a[part]), tensors(b[part])
-        assert x.keys() == y.keys() and all(torch.equal(x[k], y[k]) for k in x), part
-    assert a["step"] == b["step"] and a["consumed_samples"] == b["consumed_samples"] and a["model"]
-
-
-def one_line(call, *arguments, match):
-    """The call ends with one line that says so."""
-    with pytest.raises(SystemExit, match=match) as error:
-        call(*arguments)
-    assert "\n" not in str(error.value)
 
 
 def logp_by_hand(m, ids, mask):
@@ -875,6 +810,9 @@ def test_adapters_need_a_checkpoint_and_a_resume_the_same_kind_of_run(config, mo
     stopped_run(whole, 2), stopped_run(adapters, 2)
     one_line(sft.main, resumed(whole, lora_rank=2), match="--resume: .*whole has lora_rank=0: the same expected")
     one_line(sft.main, resumed(adapters, lora_rank=0), match="--resume: .*adapters has lora_rank=2: the same expected")
+    merged = config("merged", lora_rank=2, merge=True)
+    sft.main(merged)
+    one_line(sft.main, resumed(merged, steps=9), match="--resume: .*merged holds a whole model: --init=.*merged and another")
 
 
 @pytest.mark.parametrize("change", [
@@ -1287,10 +1225,6 @@ def merging(folder, models, **change):
     """models: (name, weight) each, or what --models gets."""
     models = models if isinstance(models, str) else ",".join(f"{folder / name}:{weight}" for name, weight in models)
     return sft.Config(**dict(stage="merge", models=models, out=str(folder / "merged"), device="cpu") | change)
-
-
-def weights(folder):
-    return nano.load_checkpoint(folder)[0].state_dict()
 
 
 def test_merging_is_the_weighted_sum_of_all_parameters(three, capsys):

@@ -10,7 +10,8 @@ import torch
 import torch._dynamo   # otherwise every forked rank imports it anew, for seconds, as soon as it makes an optimizer
 
 import infra, model as nano, processes, train
-from test_train import equal, small_run, stopped_run, weights
+from runs import stopped_run, weights
+from test_train import equal, small_run
 
 ROOT = Path(__file__).resolve().parent.parent
 LAYOUTS = {"alone": (1, {}), "dp": (2, {}), "tp": (2, dict(tp=2))}      # processes, flags

@@ -9,10 +9,10 @@ import torch
 from torch.nn import functional as F
 
 import data, infra, model as nano, train
+from runs import TIMING, rows, stopped_run, untimed, weights
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = infra.setup(infra.Machine(device="cpu", dtype="float32"))         # one process, alone
-TIMING = {"seconds", "tok_per_s", "tok_per_s_p5", "tok_per_s_median", "data_wait", "mfu"}
 
 
 @pytest.fixture(scope="session")
@@ -36,42 +36,8 @@ def config(corpus, runs, request):
     return lambda name="run", **change: small_run(corpus, runs / f"{test}-{name}", **change)
 
 
-def weights(out):
-    return nano.load_checkpoint(out)[0].state_dict()
-
-
 def equal(a, b):
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def rows(cfg):
-    return [json.loads(line) for line in (Path(cfg.out) / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-
-
-def untimed(cfg):
-    return [{k: v for k, v in row.items() if k not in TIMING} for row in rows(cfg)]
-
-
-def stop_at(monkeypatch, step):
-    """A real SIGTERM in the middle of step `step`."""
-    original = train.lr_at
-
-    def lr_at(at, cfg):
-        if at == step - 1:
-            signal.raise_signal(signal.SIGTERM)
-        return original(at, cfg)
-    monkeypatch.setattr(train, "lr_at", lr_at)
-
-
-def stopped_run(cfg, step):
-    """Start cfg and stop it after `step` steps. Without Stop's handler the signal would end pytest: make it an error."""
-    before = signal.signal(signal.SIGTERM, lambda *_: pytest.fail("SIGTERM was not caught"))
-    try:
-        with pytest.MonkeyPatch.context() as patch:
-            stop_at(patch, step)
-            return train.main(cfg)
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 @pytest.fixture(scope="session")
