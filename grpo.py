@@ -514,7 +514,8 @@ def main(cfg):
                 loss, stopping, *sums = all_sum(rt, float(loss) / rt.tp_size, stop.signal is not None,
                                                 *(v / rt.tp_size for v in values.values()))
                 run.monitor["loss"] = loss
-                if norm != 0:  # where nothing was learnt, momentum must not go on: Muon's steps are as long whatever it is
+                # where nothing was learnt, momentum must not go on: Muon's steps are as long whatever it is
+                if norm != 0:
                     train.update(run, loss, norm, lr)
                 run.step += 1
                 log.bar.update(1)

@@ -255,7 +255,8 @@ def encode_all(rows, encode, cfg, tokenizer, dropped):
         except ValueError as e:
             raise ValueError(f"{where}: {e}") from None
         asked = [m["content"] for m in row.get("messages") or row.get("prompt") or () if m["role"] != "system"]
-        held_out = zlib.crc32((asked or [row.get("text", "")])[0].encode()) < cfg.val_fraction * 2**32  # all answers to it, or none
+        first = asked[0] if asked else row.get("text", "")
+        held_out = zlib.crc32(first.encode()) < cfg.val_fraction * 2**32  # all answers to it, or none
         parts[held_out].append(example)
     return *parts, cuts
 
@@ -394,8 +395,8 @@ def evaluate_tasks(model, tokenizer, tasks, cfg, rt, samples=1):
     choice, rows, texts = [t for t in tasks if "choices" in t], [], [t["text"] for t in tasks if t.get("text")]
     for t in choice:
         prompt = tokenizer.encode("Question: " + t["prompt"][-1]["content"] + "\nAnswer:")
-        rows += [(ids, [0] * len(prompt) + [1] * (len(ids) - len(prompt)))
-                 for c in t["choices"] for ids in [prompt + tokenizer.encode(" " + c)]]
+        said = [tokenizer.encode(" " + c) for c in t["choices"]]
+        rows += [(prompt + ids, [0] * len(prompt) + [1] * len(ids)) for ids in said]
     window, windows = model.config.max_position_embeddings, []
     for text in texts:  # a window's first token is the last one of the window before it
         ids = [tokenizer.eos] + tokenizer.encode(text)
@@ -534,10 +535,11 @@ def check(cfg, rt):
     cfg = dataclasses.replace(cfg, **missing)
     rows = cfg.batch // rt.dp_size
     train.refuse(cfg, dict(
-        style=("", "compact", "smollm3", "chatml"), loss_on=("assistant", "all"), packing=("bfd", "longest", "max_length"),
-        pairs=("self", "sums"), loss_type=("apo_zero", "apo_down", "sigmoid", "ipo")), (
+        style=("", "compact", "smollm3", "chatml"), loss_on=("assistant", "all"), pairs=("self", "sums"),
+        packing=("bfd", "longest", "max_length"), loss_type=("apo_zero", "apo_down", "sigmoid", "ipo")), (
         (cfg.stage == "merge" and rt.world_size > 1, "--stage=merge: one process expected, without torchrun"),
-        (min(cfg.max_length, cfg.samples, cfg.max_new_tokens) < 1, "--max_length, --samples, --max_new_tokens: at least 1 expected"),
+        (min(cfg.max_length, cfg.samples, cfg.max_new_tokens) < 1,
+         "--max_length, --samples, --max_new_tokens: at least 1 expected"),
         (cfg.steps < 0 or not cfg.steps and cfg.epochs <= 0, "--steps or --epochs: more than 0 expected"),
         (learns and min(cfg.batch, cfg.lr, cfg.grad_clip, cfg.beta) <= 0,
          f"--batch={cfg.batch}, --lr={cfg.lr}, --grad_clip={cfg.grad_clip}, --beta={cfg.beta}: more than 0 expected"),
@@ -556,8 +558,8 @@ def open_model(cfg, rt, resuming):
     init = cfg.init or (default if nano.checkpoints(default) else "")
     here = nano.read_checkpoint(cfg.out, fold=False) if resuming else None
     if resuming and bool(here["lora"]) != bool(cfg.lora_rank):
-        raise SystemExit(f"--resume: {cfg.out} holds {'adapters' if here['lora'] else 'a whole model'}: --init={cfg.out} and "
-                         f"another --out expected")
+        what = "adapters" if here["lora"] else "a whole model"
+        raise SystemExit(f"--resume: {cfg.out} holds {what}: --init={cfg.out} and another --out expected")
     if resuming and not cfg.lora_rank:
         model, extra = nano.load_checkpoint(here, rt.device, rt.tp_group)
     elif init:
@@ -573,7 +575,8 @@ def open_model(cfg, rt, resuming):
         if "path" not in extra:
             raise SystemExit("--lora_rank: a checkpoint to adapt expected (--init=DIR; python train.py writes out/base)")
         add_lora(model, cfg, rt)
-        lora = dict(scale=cfg.lora_alpha / cfg.lora_rank, base=os.path.relpath(extra["path"], cfg.out), crc=extra["crc"])
+        base = os.path.relpath(extra["path"], cfg.out)
+        lora = dict(scale=cfg.lora_alpha / cfg.lora_rank, base=base, crc=extra["crc"])
     if lora and resuming:
         if here["lora"]["crc"] != lora["crc"]:
             raise SystemExit(f"--resume: {extra['path']}: not the file that the adapters in {cfg.out} were trained on")

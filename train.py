@@ -14,7 +14,7 @@ Read main() first: it is the whole story. A step is an optimizer step. Everythin
 index), so the only state of the data is one integer, and evaluating more often changes nothing.
 """
 import contextlib, dataclasses, gc, io, itertools, json, lzma, math, random, re, statistics, sys, time
-from collections import defaultdict, deque
+from collections import deque
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -146,11 +146,8 @@ def orthogonalize(x, steps=5):
 
 
 def make_optimizers(model, cfg):
-    """AdamW for embeddings, head and norms; hidden matrices go to Muon or AdamW, by cfg.optimizer.
-
-    No weight decay on norms, nor on embeddings (OLMo 2, SmolLM3: decayed they shrink, and early gradients grow) unless
-    cfg.decay_embeddings.
-    """
+    """AdamW, or Muon for the hidden matrices and AdamW for the rest. Norms do not decay, nor do embeddings unless the flag
+    says so (OLMo 2, SmolLM3: decayed they shrink, and early gradients grow)."""
     hidden, kept, decayed = [], [], []
     for name, p in model.named_parameters():
         if not p.requires_grad:
@@ -236,17 +233,12 @@ def lzma_bpb(source, tokenizer, max_tokens=2**21):
 
 
 def validate(run):
-    """-> fields of a metrics row: nats per token, and bits per byte of each source; prints a line."""
+    """-> fields of a metrics row: nats per token, bits per byte of each source, at the end keys found; prints them."""
     scores = evaluate(run.model, run.sources, run.cfg, run.rt)
     run.log.say(f"eval {run.step}: " + " | ".join(f"{name} {bpb:.3f} bits/byte" for name, (_, bpb) in scores.items()))
-    return dict(val_loss=sum(loss for loss, _ in scores.values()) / len(scores),
-                val_bpb={name: bpb for name, (_, bpb) in scores.items()})
-
-
-def last_look(run):
-    """The last evaluation: with --passkey also the keys found."""
-    fields = validate(run)
-    if run.cfg.passkey:
+    fields = dict(val_loss=sum(loss for loss, _ in scores.values()) / len(scores),
+                  val_bpb={name: bpb for name, (_, bpb) in scores.items()})
+    if run.cfg.passkey and run.step == run.cfg.steps:
         found = retrieval(run.model, run.tokenizer, [int(n) for n in run.cfg.passkey.split(",")])
         run.log.say("\nkeys found, %    at" + "".join(f"{depth:7.0%}" for depth in DEPTHS) + " of the row")
         for name, each in found.items():
@@ -345,8 +337,8 @@ ON_THE_WAY = {"lr", "grad_clip", "steps", "epochs", "skip_samples", "micro_batch
 
 
 def refuse(cfg, choices, faults):
-    """Stop with one line at the first setting that is none of its choices, {field: choices}, and at the first fault, (is it
-    there?, what to say); what all three scripts have to ask comes last."""
+    """Stop with one line at the first setting that is none of its choices, {field: choices}, and at the first fault:
+    (is there one?, what to say). What all three scripts have to ask comes last."""
     for name, known in (choices | dict(optimizer=("muon", "adamw"))).items():
         if getattr(cfg, name) not in known:
             *others, last = filter(None, known)
@@ -387,7 +379,8 @@ def other_settings(cfg, recorded):
     free = NOT_THE_EXPERIMENT | {k for k in ("vocab_size", "original_max_position_embeddings", "steps", "style", "date")
                                  if not getattr(cfg, k, None)}
     if cfg.init:
-        free |= SHAPE - {"max_position_embeddings", *(k for k in nano.ROPE if getattr(cfg, k, 0) != getattr(nano.Config, k))}
+        rope = {k for k in nano.ROPE if getattr(cfg, k, 0) != getattr(nano.Config, k)}  # flags that count all the same
+        free |= SHAPE - {"max_position_embeddings"} - rope
     return [k for k, v in dataclasses.asdict(cfg).items() if k in recorded and k not in free and v != recorded[k]]
 
 
@@ -414,10 +407,8 @@ def keep_settings(out, cfg, recorded, other):
 
 def claim(out, cfg, restarted, sources):
     """May this run write to `out`? Refuses where another run would suffer -> whether there is one to resume. sources: what
-    this run reads weights from.
-
-    restarted: torchrun --max_restarts has started the same command again, for a process died after it had begun this run.
-    Then the run goes on, whatever the flags say. If none had, the first start died early, or of being refused here."""
+    this run reads weights from. restarted: torchrun --max_restarts has started the command again that had begun the run
+    here, for a process has died; then it goes on, whatever the flags say."""
     files, recorded = nano.checkpoints(out), settings(out)
     other = other_settings(cfg, recorded) if recorded else ["origin"]
     if files and restarted and not other:
@@ -448,13 +439,9 @@ def build(cfg, rt, tokenizer, start_from=""):
     else:
         if 0 < cfg.vocab_size < tokenizer.vocab_size:
             raise SystemExit(f"--vocab_size={cfg.vocab_size}: at least the tokenizer's {tokenizer.vocab_size} expected")
-        model, extra = new_model(shape_of(cfg, tokenizer), rt), {}
+        shape = dataclasses.replace(nano.shape_of(cfg), vocab_size=cfg.vocab_size or tokenizer.vocab_size)
+        model, extra = new_model(shape, rt), {}
     return ready(model, cfg, rt), extra
-
-
-def shape_of(cfg, tokenizer):
-    """What a new model of these settings looks like."""
-    return dataclasses.replace(nano.shape_of(cfg), vocab_size=cfg.vocab_size or tokenizer.vocab_size)
 
 
 def new_model(shape, rt):
@@ -527,11 +514,12 @@ def check_ranks(model, rt, step):
 def occupy(cfg, rt, *sources):
     """Take cfg.out for this run -> (cfg; the lock, to be kept; whether the run that is there goes on)."""
     locked = infra.lock(cfg.out) if rt.rank == 0 else None
-    if cfg.resume and not cfg.init:  # a run that goes on began from what its config.json says, whatever the flags leave out
+    if cfg.resume and not cfg.init:  # it began from what its config.json says, whatever the flags leave out
         cfg = dataclasses.replace(cfg, init=settings(cfg.out).get("init", ""))
-    begun, jobs = Path(cfg.out) / ".job", infra.jobs(rt)
-    begun = begun.read_text(encoding="utf-8").splitlines() if begun.exists() else []
-    restarted = all_sum(rt, rt.restarts)[0] > 0 and any(job in begun for job in jobs)  # each machine counts its own restarts
+    file, jobs = Path(cfg.out) / ".job", infra.jobs(rt)
+    before = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    # each machine counts its own restarts
+    restarted = all_sum(rt, rt.restarts)[0] > 0 and any(job in before for job in jobs)
     return cfg, locked, on_rank_0(rt, claim, Path(cfg.out), cfg, restarted, sources)
 
 
@@ -553,7 +541,8 @@ def begin(cfg, rt):
             nano.extend(model.config, cfg)
             model.config.max_position_embeddings, extra = T, {}
         elif extra["stage"] != "base":
-            raise ValueError(f"--resume: {out} holds a run of stage {extra['stage']}: --init={out} and another --out expected")
+            raise ValueError(f"--resume: {out} holds a run of stage {extra['stage']}: --init={out} and another --out "
+                             f"expected")
         else:
             consumed, before = extra["consumed_samples"], extra["train_config"].get("skip_samples", "")
             if data.skipped(before, consumed) != data.skipped(cfg.skip_samples, consumed):
@@ -575,16 +564,12 @@ def begin(cfg, rt):
 def start(cfg, rt, model, extra, locked, stage, replica, lora=None, **more):
     """A run, ready for its next step: new, or where `extra`, the checkpoint that it goes on from, stands. From here on
     cfg.out is its own. `more` are fields that its loop wants besides."""
-    out = Path(cfg.out)
+    out, monitor = Path(cfg.out), extra["monitor"] if extra else dict(norms=(), skipped=0, seconds=0.0)
     run = SimpleNamespace(cfg=cfg, rt=rt, out=out, locked=locked, stage=stage, model=model, replica=replica, lora=lora,
-                          optimizers=make_optimizers(model, cfg), step=0, consumed=0, norms=deque(maxlen=100), skipped=0, bad=0,
-                          seconds=0.0, monitor={}, **more)
-    if extra:
-        load_optimizer_state(model, run.optimizers, extra["optimizer"])
-        run.step, run.consumed = extra["step"], extra["consumed_samples"]
-        run.monitor = extra["monitor"]
-        run.norms.extend(run.monitor["norms"])
-        run.skipped, run.seconds = run.monitor["skipped"], run.monitor["seconds"]
+                          optimizers=make_optimizers(model, cfg), step=extra.get("step", 0), bad=0, monitor=monitor,
+                          consumed=extra.get("consumed_samples", 0), norms=deque(monitor["norms"], maxlen=100),
+                          skipped=monitor["skipped"], seconds=monitor["seconds"], **more)
+    load_optimizer_state(model, run.optimizers, extra.get("optimizer", {}))
     complaints = check_ranks(model, rt, run.step)
     if complaints and cfg.tp_same_seed != "ignore":
         raise SystemExit(f"{len(complaints)} faults, so there is no training: {'; '.join(complaints[:3])}; ... "
@@ -615,7 +600,7 @@ def headline(run):
 
 
 def save(run, last=False):
-    """Checkpoint the run where it stands. A full disk costs this checkpoint, not the run; the last one has to be written."""
+    """Checkpoint the run where it stands. A full disk costs this checkpoint, not the run, unless it is the last one."""
     try:
         if run.rt.dp_rank == 0:
             nano.save_checkpoint(run.out, run.model, run.step, run.consumed, run.stage, run.tokenizer.state,
@@ -625,7 +610,8 @@ def save(run, last=False):
         saved = [int(f.stem[5:]) for f in nano.checkpoints(run.out)]
         run.log.say(f"WARNING: step {run.step} was not saved: {e}; the last checkpoint is of step {max(saved, default='none')}")
         if last:
-            raise SystemExit(f"{run.out}: step {run.step} could not be saved; --resume goes on from the last checkpoint") from None
+            raise SystemExit(f"{run.out}: step {run.step} could not be saved; --resume goes on from the last "
+                             f"checkpoint") from None
 
 
 def pace(run, waited, forwards, seconds):
@@ -680,15 +666,16 @@ def update(run, loss, norm, lr):
         optimizer.zero_grad(set_to_none=True)
     run.bad = run.bad + 1 if spike else 0
     if run.bad == 10:
-        raise Diverged(f"step {run.step + 1}: 10 steps in a row were not finite; --resume goes on from the last save, perhaps "
-                       f"with a lower --lr or --grad_clip. What this step learnt from: {run.samples()}")
+        raise Diverged(f"step {run.step + 1}: 10 steps in a row were not finite; --resume goes on from the last save, "
+                       f"perhaps with a lower --lr or --grad_clip; the data of this step: {run.samples()}")
     return not spike
 
 
 def finish(run, tokens, stopping, signal, evaluation, report):
-    """How main() ends in all three scripts, when the last step is saved -> its result. evaluation(run) -> fields of the last
-    row; report(run, result) prints something to read."""
-    result = dict(step=run.step, tokens=tokens, loss=run.monitor.get("loss", math.nan), seconds=run.seconds, skipped=run.skipped)
+    """The end of main() in all three scripts, when the last step is saved -> what it returns. evaluation(run) -> fields
+    of the last row; report(run, result) prints something to read."""
+    loss = run.monitor.get("loss", math.nan)
+    result = dict(step=run.step, tokens=tokens, loss=loss, seconds=run.seconds, skipped=run.skipped)
     if stopping:
         run.log.say(f"{signal or 'A signal'}: saved {run.out} at step {run.step}; --resume goes on from there")
         run.log.close()
@@ -758,7 +745,7 @@ def main(cfg):
                 save(run)
         batches.close()
         save(run, last=True)
-    return finish(run, run.consumed * T, stopping, stop.signal, last_look, report)
+    return finish(run, run.consumed * T, stopping, stop.signal, validate, report)
 
 
 def report(run, result):
@@ -827,7 +814,8 @@ def experiment(cfg, rt, name):
             with contextlib.redirect_stdout(io.StringIO()):
                 result = main(cfg)
             if "stopped" in result:
-                raise SystemExit(f"{cfg.out}: stopped; the same command{' without --overwrite' * cfg.overwrite} goes on from there")
+                command = "the same command" + " without --overwrite" * cfg.overwrite
+                raise SystemExit(f"{cfg.out}: stopped; {command} goes on from there")
         except Diverged as e:
             if rt.rank == 0:
                 print(f"{name}: {str(e).partition(';')[0]}", file=sys.stderr)
@@ -839,7 +827,7 @@ def experiment(cfg, rt, name):
     last = [row for row in rows if row.get("final")][-1]
     speeds = [row["tok_per_s"] for row in rows if "tok_per_s" in row]
     bpb = {k: math.inf if v is None else v for k, v in last["val_bpb"].items()}
-    bpb = defaultdict(lambda: math.inf, bpb, mean=statistics.fmean(bpb.values() or [math.inf]))
+    bpb["mean"] = statistics.fmean(bpb.values()) if bpb else math.inf
     config = nano.Config(**{name: recorded[name] for name in SHAPE})
     return SimpleNamespace(bpb=bpb, tok_per_s=statistics.median(speeds[1:] or speeds), config=config)
 
@@ -869,12 +857,13 @@ def ablate(cfg, rt):
             raise SystemExit(f"--ablate={cfg.ablate}: {field} is the same in all runs"
                              + " (--sweep=tokens=...;batch_tokens=...)" * (field in ("steps", "batch_tokens")))
         runs |= {f"{field}={v}": changed(cfg, rt, "ablate", {field: v}) for v in values if v != getattr(cfg, field)}
-    if cfg.match == "params":
-        wanted = nano.num_params(shape_of(cfg, data.get_tokenizer(cfg.tokenizer)))
+    if cfg.match:
+        whole = lambda c: dataclasses.replace(c, vocab_size=c.vocab_size or data.get_tokenizer(c.tokenizer).vocab_size)
+        wanted = nano.num_params(nano.shape_of(whole(cfg)))
         for name, c in runs.items():
-            tokenizer = data.get_tokenizer(c.tokenizer)
+            c = whole(c)
             deep = [dataclasses.replace(c, num_hidden_layers=n) for n in range(1, 4 * cfg.num_hidden_layers)]
-            runs[name] = min(deep, key=lambda d: abs(nano.num_params(shape_of(d, tokenizer)) - wanted))
+            runs[name] = min(deep, key=lambda d: abs(nano.num_params(nano.shape_of(d)) - wanted))
     found = {name: [] for name in runs}
     for seed in range(cfg.seed, cfg.seed + cfg.seeds):
         for name, c in runs.items():
@@ -887,13 +876,14 @@ def ablate(cfg, rt):
         gap, n, c, noise = statistics.fmean(gaps), len(gaps), each[0].config, math.nan
         if n > 1 and math.isfinite(gap):
             noise = statistics.stdev(gaps) / math.sqrt(n) * T95[min(n - 1, 9)]
-        bpb = {s: statistics.fmean(x.bpb[s] for x in each) for s in sources}
+        bpb = {s: statistics.fmean(x.bpb.get(s, math.inf) for x in each) for s in sources}
         verdict = "tie" if abs(gap) <= noise else "better" if gap < 0 else "worse"
         verdict = "" if name == "baseline" else "one seed: unknown" if n == 1 else verdict
         verdict = verdict if math.isfinite(bpb["mean"]) else "diverged"
-        result[name] = dict(params=nano.num_params(c), kv_bytes_per_token=nano.kv_bytes_per_token(c), layers=c.num_hidden_layers,
-                            tok_per_s=statistics.median(x.tok_per_s for x in each), bpb=bpb, gap=gap, noise=noise, verdict=verdict)
-        print(f"{name:28}{result[name]['params']:12,}{result[name]['kv_bytes_per_token']:11,}{result[name]['tok_per_s']:9,.0f}"
+        params, kv, speed = nano.num_params(c), nano.kv_bytes_per_token(c), statistics.median(x.tok_per_s for x in each)
+        result[name] = dict(params=params, kv_bytes_per_token=kv, layers=c.num_hidden_layers, tok_per_s=speed, bpb=bpb,
+                            gap=gap, noise=noise, verdict=verdict)
+        print(f"{name:28}{params:12,}{kv:11,}{speed:9,.0f}"
               + "".join(f"{v:9.4f}" for v in bpb.values()) + f"   {gap:+.4f} ± {noise:.4f}  {verdict}" * (name != "baseline"))
     return result
 
@@ -907,17 +897,17 @@ def sweep(cfg, rt):
     budgets, runs, table = grid.pop("tokens", [cfg.steps * cfg.batch_tokens]), [], []
     for tokens, *values in itertools.product(budgets, *grid.values()):
         change = dict(zip(grid, values))
-        runs.append((tokens, change, changed(cfg, rt, "sweep", change, tokens)))  # all of them can be trained, or none is
+        runs.append((tokens, change, changed(cfg, rt, "sweep", change, tokens)))
     for tokens, change, c in runs:
         x = experiment(c, rt, f"{tokens}-" + ",".join(f"{k}={v}" for k, v in change.items()))
         flops = tokens * nano.flops_per_token(x.config, x.config.max_position_embeddings)
         table.append(dict(tokens=tokens, flops=flops, lr=c.lr, batch_tokens=c.batch_tokens) | change | dict(bpb=x.bpb["mean"]))
     best = [min((row for row in table if row["tokens"] == t), key=lambda row: row["bpb"]) for t in budgets]
+    best, fits = [row for row in best if math.isfinite(row["bpb"])], {}
     print("\n" + " ".join(f"{k:>14}" for k in table[0]))
     for row in table:
         print(" ".join(f"{v:>14.6g}" if isinstance(v, float | int) else f"{v:>14}" for v in row.values())
-              + "  <-- best" * (row in best and math.isfinite(row["bpb"])))
-    best, fits = [row for row in best if math.isfinite(row["bpb"])], {}
+              + "  <-- best" * (row in best))
     for k in ("lr", "batch_tokens") if len(best) > 1 else ():
         b, log_a = np.polyfit(np.log([row["flops"] for row in best]), np.log([row[k] for row in best]), 1)
         fits[k] = math.exp(log_a), b
