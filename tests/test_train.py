@@ -580,7 +580,7 @@ def test_pace_warns_once_when_it_begins_and_again_after_a_recovery():
 
 def test_a_run_with_a_slow_loader_says_so_once_and_records_its_pace(config, monkeypatch, capsys):
     plain, cfg = data.Loader.rows, config(steps=30, log_every=3)
-    monkeypatch.setattr(data.Loader, "rows", lambda *a: time.sleep(0.03) or plain(*a))
+    monkeypatch.setattr(data.Loader, "rows", lambda *a: time.sleep(0.1) or plain(*a))
     train.main(cfg)
     out = capsys.readouterr().out
     assert out.count("WARNING: rank 0 waits ") == 1 and re.search(r"\| data \d\d\.\d %", out)
