@@ -510,12 +510,11 @@ class Stop:
 
 def read_log(out):
     """The rows of out/metrics.jsonl, as far as there are any; the last one may have been cut off by a crash."""
-    path = Path(out) / "metrics.jsonl"
+    path, rows = Path(out) / "metrics.jsonl", []
     for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.exists() else ():
         with contextlib.suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict):
-                yield row
+            rows.append(json.loads(line))
+    return [row for row in rows if isinstance(row, dict)]
 
 
 def finite(value):
@@ -1406,7 +1405,7 @@ class Plot:
 def logged(directory, x):
     """A run's metrics.jsonl -> {name: [(x, y)]}; of a nested value the name is outer.inner."""
     try:
-        found, rows = {}, list(read_log(directory))
+        found, rows = {}, read_log(directory)
     except OSError as e:
         raise SystemExit(f"{directory}: {e.strerror}: the directory of a run expected") from None
     if not rows:

@@ -793,22 +793,13 @@ def changed(cfg, rt, flag, change, tokens=0):
         raise SystemExit(f"--{flag}: {', '.join(f'{k}={v}' for k, v in change.items())}: {e}") from None
 
 
-def rows_of(out):
-    """The rows of a run's metrics.jsonl, if there is one; a last row that was cut off is none."""
-    rows, log = [], Path(out) / "metrics.jsonl"
-    for line in log.read_text(encoding="utf-8").splitlines() if log.exists() else ():
-        with contextlib.suppress(ValueError):
-            rows.append(json.loads(line))
-    return rows
-
-
 def experiment(cfg, rt, name):
     """One run of many -> its last metrics, with tok_per_s (the median) and the model's config. A finished one is only read;
     one that diverged is finished too, and worse than all others."""
     cfg = dataclasses.replace(cfg, ablate="", sweep="", match="", seeds=1, out=f"{cfg.out}/{name}", resume=not cfg.overwrite)
     if cfg.resume and (other := other_settings(cfg, settings(cfg.out))):
         raise SystemExit(f"{cfg.out}: another experiment (other {', '.join(other[:5])}): --overwrite or another --out expected")
-    if cfg.overwrite or not any(row.get("final") for row in rows_of(cfg.out)):
+    if cfg.overwrite or not any(row.get("final") for row in infra.read_log(cfg.out)):
         print(f"{name} ...", flush=True)
         try:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -823,7 +814,7 @@ def experiment(cfg, rt, name):
                     f.write(json.dumps(dict(final=True, val_bpb={})) + "\n")
         gc.unfreeze()  # main has frozen its run too: else none of them would ever leave the memory
         all_sum(rt, 0)  # rank 0 writes what all of them read now
-    rows, recorded = rows_of(cfg.out), settings(cfg.out)
+    rows, recorded = infra.read_log(cfg.out), settings(cfg.out)
     last = [row for row in rows if row.get("final")][-1]
     speeds = [row["tok_per_s"] for row in rows if "tok_per_s" in row]
     bpb = {k: math.inf if v is None else v for k, v in last["val_bpb"].items()}
