@@ -1441,6 +1441,8 @@ def main(cfg):
         for tokens in [part for s in sources for part in (s.train, s.val)] if cfg.verify else ():
             open_bin(tokens.filename, verify=True)
             print(f"{tokens.filename}: sha256 as recorded")
+    except BrokenPipeError:     # launch knows what to do
+        raise
     except (ValueError, OSError) as error:
         raise SystemExit(f"data.py: {error}") from None
     print(f"\n{cfg.tokenizer}: {tokenizer.vocab_size} ids. Run: {cfg.plan_tokens:,} tokens in rows of {cfg.seq_len}.\n")
@@ -1450,4 +1452,4 @@ def main(cfg):
 
 
 if __name__ == "__main__":
-    main(infra.cli(Config))
+    infra.launch(main, infra.cli(Config))

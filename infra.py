@@ -73,6 +73,17 @@ def _comments(Config):
     return notes
 
 
+@contextlib.contextmanager
+def quiet_pipe():
+    """`| head` has seen enough: one line instead of a stack trace."""
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # what is still in the buffer cannot be written either
+        raise SystemExit("nobody reads the output any more") from None
+
+
 def _help(Config, presets, program):
     words = " [PRESET]" * bool(presets) + " [DIR]" * ("init" in Config.__dataclass_fields__) + " DIR ..." * (Config is Plot)
     print(f"usage: python {program}{words} [--key=value ...] [--config=FILE.toml]\n")
@@ -104,7 +115,8 @@ def cli(Config, presets={}, argv=None):
         while argv:
             word = argv.pop(0)
             if word in ("-h", "--help"):
-                _help(Config, presets, program)
+                with quiet_pipe():
+                    _help(Config, presets, program)
                 raise SystemExit(0)
             if word.startswith("--"):
                 key, eq, value = word[2:].partition("=")
@@ -331,7 +343,8 @@ def launch(main, cfg):
     """main(cfg), for scripts. Under torchrun the rank that failed first speaks, and torchrun's closing summary quotes it: the
     others wait a moment, and are ended before they can add that somebody left them."""
     try:
-        main(cfg)
+        with quiet_pipe():
+            main(cfg)
     except BaseException as e:
         if isinstance(e, torch.OutOfMemoryError) or "DefaultCPUAllocator" in str(e):
             e = SystemExit(f"out of memory ({one_line(e)}): less is taken by --micro_batch=1, shorter rows (--max_position_embeddings, "
@@ -341,9 +354,6 @@ def launch(main, cfg):
             e = SystemExit(130)
         if isinstance(e, ValueError) and str(e).startswith("--"):  # of a flag that only the model could judge
             e = SystemExit(str(e))
-        if isinstance(e, BrokenPipeError):  # `| head` has seen enough; nor can what is still in the buffer be written
-            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-            e = SystemExit("nobody reads the output any more")
         if "TORCHELASTIC_RUN_ID" in os.environ:
             from torch.distributed.elastic.multiprocessing.errors import get_error_handler
             if os.environ["RANK"] != "0" or not isinstance(e, SystemExit):  # what all find wrong, rank 0 says

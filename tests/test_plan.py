@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import infra, model, train
+import data, infra, model, train
 
 PLAN = infra.plan_options()
 PRESETS = {name: dict(shape, preset=name) for name, shape in model.PRESETS.items()}
@@ -359,8 +359,8 @@ def test_the_command_line_plans_a_preset(capsys, monkeypatch):
 
 def test_a_reader_who_has_seen_enough_gets_no_stack_trace(tmp_path):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": 1.0}\n')
-    for words in (["plan", *SMOLLM3], ["plot", str(tmp_path)]):
-        child = subprocess.Popen([sys.executable, "-u", infra.__file__, *words], stdout=subprocess.PIPE,
+    for file, *words in ([infra, "plan", *SMOLLM3], [infra, "plot", str(tmp_path)], [infra, "--help"], [data, "--show=sums"]):
+        child = subprocess.Popen([sys.executable, "-u", file.__file__, *words], stdout=subprocess.PIPE,
                                  stderr=subprocess.PIPE, text=True)
         child.stdout.close()                             # before it has begun
         assert child.stderr.read().strip() == "nobody reads the output any more" and child.wait(60) == 1
