@@ -56,6 +56,7 @@ def test_text_that_looks_like_a_special_token_stays_text():
 
 def test_byte_tokenizer_ids_are_as_documented():
     assert list(TOK.special.values()) == list(range(256, 264)) and TOK.eos == 256 and TOK.vocab_size == 320
+    assert [data.Tokenizer("", None, {}, {}, size).vocab_size for size in (56, 57)] == [64, 128]       # with 8 specials
     assert TOK.decode([104, 105, TOK.eos, TOK.special["<think>"]]) == "hi<|endoftext|><think>"
     assert TOK.decode([0xFF, 319, -100]) == "\ufffd" * 3 and TOK.decode(torch.tensor([104])) == "h"
 
@@ -163,7 +164,8 @@ def test_embedded_corpora_are_deterministic_and_keep_held_out_sums_away(tmp_path
                 assert int(result) == {"+": int(a) + int(b), "-": int(a) - int(b), "*": int(a) * int(b)}[sign]
     assert data.column_sum(347, 658) == ["7+8=15", "4+5+1=10", "3+6+1=10"]
     assert data.column_sum(5, 99) == ["5+9=14", "0+9+1=10"]
-    assert not set(data.stdlib_files(code=True)) & set(data.stdlib_files(code=False))
+    code, others = (set(data.stdlib_files(code=code)) for code in (True, False))
+    assert not code & others and 0.25 < len(code) / len(code | others) < 0.4                   # a third
     assert 0.07 < np.mean([data.held_out(a, b) for a in range(100) for b in range(100)]) < 0.13
 
 
@@ -183,7 +185,14 @@ def test_validation_never_shares_a_document_with_training_and_ignores_order(tmp_
         [s] = quiet_prepare(tmp_path, jsonl=str(write_jsonl(tmp_path / f"{name}.jsonl", order)), val_fraction=0.2)
         assert not set(documents_of(s.train)) & set(documents_of(s.val))
         splits.append(set(documents_of(s.val)))
-    assert splits[0] == splits[1]
+    assert splits[0] == splits[1] and 15 < len(splits[0]) < 45                                  # a fifth of 150
+
+
+@pytest.mark.parametrize("n, val_fraction, split", [(19, 0.3, "tail"), (20, 0.3, "document"), (25, 0.01, "tail"), (25, 0.99, "tail")])
+def test_fewer_than_20_documents_or_all_by_chance_on_one_side_are_cut_each_at_its_end(tmp_path, n, val_fraction, split):
+    path = write_jsonl(tmp_path / "a.jsonl", [f"{i} " * 500 for i in range(n)])
+    [s] = quiet_prepare(tmp_path, jsonl=str(path), val_fraction=val_fraction)
+    assert s.meta["split"] == split and len(s.train) and len(s.val)
 
 
 def test_a_single_text_file_is_cut_exactly_at_the_fraction(tmp_path):
@@ -224,6 +233,7 @@ def test_overlap_is_the_share_of_13_grams_seen_in_training():
     held = [" ".join(words).encode(), b"too short"]                                 # 28 sequences of 13 words
     train = TOK.encode(" ".join(words[:20])) + [TOK.eos] + TOK.encode(" ".join(words[20:]))
     assert data.overlap(np.array(train), held, TOK) == pytest.approx((8 + 8) / 28)  # none across the two documents
+    assert data.overlap(np.array(train + [TOK.eos] + train), held, TOK) == pytest.approx(16 / 28)          # what comes twice counts once
 
 
 @pytest.mark.parametrize("line, message", [

@@ -1,5 +1,5 @@
 """Ablations, sweeps and curves: one change at a time, paired by seed, verdicts that know their noise, nothing run twice."""
-import io, json, math, multiprocessing, random, sys, time
+import io, itertools, json, math, multiprocessing, random, statistics, sys, time
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -165,7 +165,7 @@ def test_a_picture_is_written_if_matplotlib_is_there(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("depth", train.DEPTHS)
 def test_a_passkey_prompt_is_as_long_as_asked_and_holds_its_key_once_at_its_depth(depth):
-    for length in (64, 256, 1000):
+    for length in (*range(40, 80), 256, 1000):
         prompt, key = data.passkey(random.Random(length), length, depth)
         at = prompt.index("#")
         assert len(prompt.encode()) == length and prompt.endswith(" #") and prompt.count("#") == 2 and prompt[at + 1] == key
@@ -178,6 +178,8 @@ def test_passkey_documents_differ_in_key_and_length_and_repeat_their_key():
     keys = [{d[i + 1] for i, c in enumerate(d) if c == "#"} for d in documents]
     assert max(map(len, keys)) == 1 and len(set().union(*keys)) == 10
     assert max(map(len, documents)) <= 256 and min(map(len, documents)) < 60
+    times = [d.count("#") for d in itertools.islice(data.passkey_documents(4000), 200) if len(d) > 2000]
+    assert 5 < statistics.fmean(times) < 12 and max(times) > 12             # 2 to 15, not more in longer ones
 
 
 class Reader(torch.nn.Module):

@@ -425,6 +425,13 @@ def test_what_max_length_cuts_and_drops_is_counted_and_printed(config, tmp_path,
     assert sorted(ids for ((ids, _),) in run.examples) == sorted(ids[:limit] for ids, _ in examples[:26])
 
 
+def test_a_first_token_alone_is_none_to_train_for_nothing_predicts_it(config):
+    dropped = {}
+    assert sft.encode_all([("a:1", dict(text="")), ("a:2", dict(text="x"))], sft.encode_chat, config(val_fraction=0.0), BYTES, dropped) == (
+        [[([120, EOS], [1, 1])]], [], 0)
+    assert dropped == {"no trained token within max_length": 1}
+
+
 def test_nothing_left_is_one_line_and_so_is_a_bad_row_with_its_place(config, tmp_path):
     one_line(sft.main, config("a", max_length=20), match="no example has a trained token")
     path = write(tmp_path / "bad.jsonl", [next(chats()), dict(messages=[dict(role="user", content=None)])])
@@ -651,6 +658,15 @@ def test_pairs_of_the_model_itself_are_right_over_wrong_or_longer_and_a_resume_u
     assert_same_state(cfg.out, other.out)
 
 
+def test_a_right_answer_is_too_long_from_one_and_a_half_times_the_shortest_on(config, tmp_path, monkeypatch):
+    cfg = config(stage="apo", data=write(tmp_path / "problems.jsonl", PROBLEMS[:1]))
+    for lengths, expected in (((10, 14), []), ((10, 15), [("10", "15")]), ((20, 14, 10, 15), [("10", "20")])):
+        made = [dict(text=str(n), tokens=n, finished=True, right=True) for n in lengths]
+        monkeypatch.setattr(sft, "answers", lambda *_, **__: [made])
+        found = sft.self_pairs(None, BYTES, cfg, CPU)
+        assert [(p["chosen"][0]["content"], p["rejected"][0]["content"]) for p in found] == 2 * expected    # in two modes
+
+
 def test_two_replicas_make_the_pairs_together_and_one_writes_them(config, tmp_path, talk):
     alone, two = (config(name, stage="apo", data=write(tmp_path / "problems.jsonl", PROBLEMS), steps=2, batch=2)
                   for name in ("alone", "two"))
@@ -709,10 +725,16 @@ def test_an_adapter_adds_alpha_over_rank_times_b_a_and_drops_inputs_only_in_trai
     layer, x = m.layers[0].mlp.up_proj, torch.randn(5, 32)
     added = 6 / 4 * x @ layer.lora_A.T @ layer.lora_B.T
     assert torch.allclose(layer(x), x @ layer.weight.T + added, atol=1e-6)
-    assert layer.lora_A.shape == (4, 32) and layer.lora_B.shape == (48, 4) and layer.lora_A.abs().max() <= 32**-0.5
+    assert layer.lora_A.shape == (4, 32) and layer.lora_B.shape == (48, 4)
+    assert 0.9 * 32**-0.5 < layer.lora_A.abs().max() <= 32**-0.5             # as PEFT draws it
     several = torch.stack([layer.train()(x) for _ in range(400)])
     assert not torch.equal(several[0], several[1])
     assert (several.mean(0) - layer.eval()(x)).abs().mean() < 0.1 * added.abs().mean()
+
+
+def test_adapters_drop_nothing_where_answers_are_compared_with_a_reference_that_has_none(config):
+    for stage, dropout in (("sft", 0.5), ("apo", 0.0)):
+        assert {x.dropout for x in adapted(config, stage=stage, lora_dropout=0.5).modules() if isinstance(x, sft.LoRALinear)} == {dropout}
 
 
 def test_only_adapters_learn_and_their_checkpoint_holds_nothing_else_and_is_small(config, place):
@@ -1105,11 +1127,11 @@ def test_multiple_choice_takes_the_likelier_text_per_character(config, monkeypat
         return torch.tensor([-4.0, -10.0, -6.0, -3.0, -4.0])     # per character -2, -1, -3 and -3, -2
     monkeypatch.setattr(sft, "logp_sums", logp_sums)
     tasks = [dict(prompt=data.as_messages("Which?", "user"), choices=["ab", "ten signs_", "cd"], answer=1),
-             dict(prompt=data.as_messages("And?", "user"), choices=["x", "yy"], answer=0)]
+             dict(prompt=data.as_messages("And?", "user"), choices=["é", "yy"], answer=0)]       # é: one character, two tokens
     items, _ = sft.evaluate_tasks(small_model(), BYTES, tasks, config(), CPU)
     assert items == {"multiple choice": [1.0, 0.0]}
     assert BYTES.decode(seen[1][0]) == "Question: Which?\nAnswer: ten signs_"
-    assert [BYTES.decode([i for i, k in zip(*row) if k]) for row in seen] == [" ab", " ten signs_", " cd", " x", " yy"]
+    assert [BYTES.decode([i for i, k in zip(*row) if k]) for row in seen] == [" ab", " ten signs_", " cd", " é", " yy"]
 
 
 def test_bits_per_byte_and_choices_equal_a_computation_by_hand(config):
@@ -1216,8 +1238,8 @@ def test_a_runs_own_evaluation_has_the_scores_of_the_tasks_before_on_the_way_and
 @pytest.fixture
 def three(tmp_path):
     """Checkpoints a, b and c of one shape."""
-    for seed, name in enumerate("abc"):
-        checkpoint(tmp_path / name, seed, step=10 * seed + 10, train_config=dict(style="chatml"))
+    for seed, (name, style) in enumerate(dict(a="chatml", b="smollm3", c="compact").items()):
+        checkpoint(tmp_path / name, seed, step=10 * seed + 10, train_config=dict(style=style))
     return tmp_path
 
 
@@ -1235,7 +1257,7 @@ def test_merging_is_the_weighted_sum_of_all_parameters(three, capsys):
         assert torch.equal(p, 0.9 * a[n] + 0.1 * b[n]), n
     assert "0.9 x " in capsys.readouterr().out
     assert extra["stage"] == extra["train_config"]["stage"] == "merge" and extra["train_config"]["style"] == "chatml"
-    assert not extra["optimizer"] and extra["tokenizer"] == "bytes"
+    assert not extra["optimizer"] and extra["tokenizer"] == "bytes" and extra["step"] == 10      # of the first one
 
 
 def test_merging_with_weight_one_copies_and_three_models_and_extrapolation_work(three):
@@ -1251,7 +1273,7 @@ def test_merging_with_weight_one_copies_and_three_models_and_extrapolation_work(
 def test_what_cannot_be_merged_is_one_line(three):
     checkpoint(three / "wide", num_hidden_layers=1), checkpoint(three / "gpt2", tokenizer="gpt2")
     for models, message in (
-            ([("a", 0.9), ("b", 0.2)], "weights that add up to 1 expected"), ([("a", "x")], "DIR:WEIGHT,DIR:WEIGHT"),
+            ([("a", 0.9), ("b", 0.101)], "weights that add up to 1 expected"), ([("a", "x")], "DIR:WEIGHT,DIR:WEIGHT"),
             ([("a", "nan")], "weights that add up to 1 expected"),
             ([("a", 0.5), ("wide", 0.5)], "wide: another shape or tokenizer than .*a$"),
             ([("a", 0.5), ("gpt2", 0.5)], "gpt2: another shape or tokenizer"),

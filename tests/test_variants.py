@@ -267,6 +267,8 @@ def test_of_n_alike_experts_the_token_meets_k_and_without_a_width_they_cost_what
     assert (m.layers[0].mlp(x) - 2 / 8 * half).abs().max() < 1e-6
     router = 4 * 8 * 32
     assert nano.num_params(m.config, active=True) == nano.num_params(dense.config) + router
+    shared = dataclasses.replace(m.config, num_shared_experts=1)          # three of a third of the width
+    assert nano.num_params(shared, active=True) == nano.num_params(m.config, active=True)
     assert nano.num_params(m.config) == nano.num_params(dense.config) + router + 4 * 6 * 3 * 32 * 24
     assert nano.flops_per_token(m.config, 50) == nano.flops_per_token(dense.config, 50) + 6 * router
     assert nano.lora_params(m.config, 2) == 2 * sum(sum(p.shape) for n, p in m.named_parameters() if "layers" in n and p.dim() == 2)
