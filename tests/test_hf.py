@@ -56,6 +56,18 @@ def test_logits_and_greedy_tokens_are_those_of_transformers_and_the_way_back_is_
     assert len(sizes) == 1 if kind != "llama" else len(sizes) > 9 and max(sizes) <= 10_000
 
 
+def test_without_a_length_of_its_own_yarn_extends_the_rows_that_are_there_and_written_is_the_length_that_yarn_uses(tmp_path):
+    theirs(tmp_path / "a", rope_parameters=YARN)
+    config = json.loads((tmp_path / "a/config.json").read_text())
+    del config["rope_parameters"]["original_max_position_embeddings"]
+    config.pop("original_max_position_embeddings", None)
+    (tmp_path / "a/config.json").write_text(json.dumps(config))
+    assert nano.hf_config(tmp_path / "a/config.json").original_max_position_embeddings == 128
+    ours = nano.Transformer(nano.Config(hidden_size=32, intermediate_size=48, rope_factor=4.0, max_position_embeddings=128))
+    nano.to_hf(ours, tmp_path / "b")
+    assert json.loads((tmp_path / "b/config.json").read_text())["rope_parameters"]["original_max_position_embeddings"] == 32
+
+
 def test_a_documents_loss_in_a_packed_row_is_transformers(tmp_path):
     hf, lengths = theirs(tmp_path), (5, 17, 9)
     ours, row = nano.from_hf(tmp_path), torch.randint(0, 64, (1, sum(lengths)))

@@ -1,5 +1,6 @@
 """model.py against independent oracles: a naive transformer in float64, closed forms, the playbook, transformers."""
 import dataclasses, math, random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -127,6 +128,14 @@ def test_a_later_token_or_another_document_never_changes_a_logit(grad, window):
             assert not (changed & ~allowed).any() and changed[t]
 
 
+@pytest.mark.parametrize("change", [dict(sliding_window=5), dict(attention_chunk=5)])
+def test_a_row_that_is_longer_by_one_token_than_what_is_seen_is_masked_on_every_path(change):
+    m, ids = build(**change), tokens(1, 6)
+    near, whole = logits_of(m, ids), logits_of(build(), ids)
+    assert (near - logits_of(m, ids, None, True)).abs().max() < 1e-4
+    assert (near - whole)[0, :5].abs().max() < 1e-4 and (near - whole)[0, 5].abs().max() > 1e-3
+
+
 def test_long_rows_take_another_path_with_the_same_result():
     m, ids = build(num_hidden_layers=2, no_rope_layer_interval=2), tokens(1, 1100)
     docs = (torch.arange(1100) >= 1000).long()[None]
@@ -187,6 +196,22 @@ def test_rotation_is_multiplication_of_complex_numbers():
         assert abs(float(turned[0] @ turned[1]) - float((z(q) * z(k).conj() * torch.polar(torch.ones(4).double(), angle * (p - s))).real.sum())) < 1e-3
 
 
+# SmolLM3's; a ramp in the middle; one that ends beyond the last pair; one that ends where it begins
+@pytest.mark.parametrize("D, theta, n, factor", [(128, 5e6, 65536, 2.0), (64, 1e4, 4096, 16.0), (16, 100.0, 4096, 4.0), (2, 1e4, 6, 4.0)])
+def test_yarns_angles_and_factor_are_transformers(D, theta, n, factor):
+    hf = pytest.importorskip("transformers.modeling_rope_utils", reason="the package transformers is not installed: no second opinion on YaRN")
+    theirs = SimpleNamespace(head_dim=D, hidden_size=4 * D, num_attention_heads=4, standardize_rope_params=lambda: None, rope_parameters=dict(
+        rope_type="yarn", rope_theta=theta, factor=factor, original_max_position_embeddings=n))
+    inverse, scale = hf.ROPE_INIT_FUNCTIONS["yarn"](theirs)
+    angle = torch.arange(50)[:, None] * inverse
+    for length in (n, 0):                               # 0: the rows are as much longer as rope_factor says
+        m = build(num_hidden_layers=1, head_dim=D, rope_theta=theta, rope_factor=factor, original_max_position_embeddings=length,
+                  max_position_embeddings=round(n * factor))
+        cos, sin = m.rope(torch.arange(50))
+        assert torch.allclose(cos[:, 0, D // 2:], angle.cos() * scale, atol=1e-5) and scale == pytest.approx(0.1 * math.log(factor) + 1)
+        assert torch.allclose(sin[:, 0, D // 2:], angle.sin() * scale, atol=1e-5)
+
+
 def test_smollm3_has_no_rope_in_layers_3_7_to_35():
     c = nano.Config(**nano.PRESETS["smollm3-3b"])
     assert [i for i in range(c.num_hidden_layers) if not c.uses_rope(i)] == [3, 7, 11, 15, 19, 23, 27, 31, 35]
@@ -236,6 +261,15 @@ def test_flops_per_token_are_6n_plus_attention():
     assert nano.flops_per_token(untied, 256) == nano.flops_per_token(tied, 256)
 
 
+def test_a_frozen_model_takes_2_bytes_a_parameter_and_its_adapters_18():
+    for tp in (1, 2):
+        c = nano.Config()
+        adapters = 4 * 8 * (2 * (128 + 128) + 2 * (128 + 64) + 3 * (128 + 512))     # 4 layers, rank 8
+        assert nano.lora_params(c, 8) == adapters
+        assert nano.training_bytes(c, 100, tp, 8)["states"] == (2 * nano.num_params(c) + 18 * adapters) / tp
+        assert nano.training_bytes(c, 100, tp)["states"] == 18 * nano.num_params(c) / tp
+
+
 def test_the_cache_holds_what_the_formula_says():
     m, seen = build(), []
     for layer in m.layers:
@@ -273,6 +307,15 @@ def test_bfloat16_computes_near_float32_and_returns_float32():
         rough = logits_of(m, ids, None, grad)
         assert rough.dtype == torch.float32 and 0 < (rough - exact).norm() < 0.1 * exact.norm()
     assert all(p.dtype == torch.float32 for p in m.parameters())
+
+
+def test_in_bfloat16_far_neighbours_still_have_angles_of_their_own():
+    m, at = build(), torch.arange(60_000, 60_008)
+    m.compute_dtype = torch.bfloat16
+    cos, sin = m.rope(at)
+    angle = at[:, None].double() * 100.0 ** (-torch.arange(4).double() / 4)
+    assert cos.dtype == sin.dtype == torch.bfloat16
+    assert (cos[:, 0, 4:] - angle.cos()).abs().max() < 0.02 and (sin[:, 0, 4:] - angle.sin()).abs().max() < 0.02
 
 
 # --- loss ------------------------------------------------------------------------------------------------------------
@@ -440,6 +483,15 @@ def test_top_k_and_top_p_allow_exactly_the_likeliest_tokens():
     assert first_tokens(m, 50, top_k=100) == first_tokens(m, 50)
 
 
+def test_top_p_is_a_share_of_what_top_k_leaves_and_a_full_set_takes_no_more():
+    pick = lambda p, u, *how: int(nano.sample(torch.tensor([p]).log(), torch.tensor([u]), 1.0, *how)[0])
+    almost = 1 - 2**-24                                 # the largest u there is
+    assert [pick([0.1, 0.2, 0.4, 0.3], almost, 2, p) for p in (0.5, 0.6)] == [2, 3]         # of 0.7: 0.4 holds 0.35, not 0.42
+    assert pick([1.0, 1.0], 0.0, 0, 0.5) == pick([1.0, 1.0], almost, 0, 0.5)                # half of it, exactly
+    assert pick([0.1, 0.2, 0.4, 0.3], 0.0, 1, 1.0) == 2                                     # nor the first id, which is not allowed
+    assert 0 <= pick([math.nan] * 3, 0.5, 0, 1.0) < 3                                       # no index that would end a GPU's process
+
+
 def test_among_the_allowed_the_proportions_stay():
     m, n = build(vocab_size=16, initializer_range=0.1), 4000
     p = full(m, [7]).softmax(-1).topk(3)
@@ -521,6 +573,12 @@ def test_checkpoint_round_trip_is_exact_and_holds_only_plain_types(tmp_path, cha
     assert torch.equal(logits_of(m, tokens(1, 9)), logits_of(back, tokens(1, 9)))
     assert same_weights(nano.load_checkpoint(path)[0], m)
     assert sorted(x.name for x in tmp_path.iterdir()) == [path.name]
+
+
+def test_a_model_in_bfloat16_is_saved_in_float32(tmp_path):
+    m = build().to(torch.bfloat16)
+    saved = nano.read_checkpoint(nano.save_checkpoint(tmp_path, m))["model"]
+    assert all(w.dtype == torch.float32 and torch.equal(w, p.float()) for w, p in zip(saved.values(), m.parameters()))
 
 
 def test_loading_draws_no_random_numbers(tmp_path):

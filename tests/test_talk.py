@@ -1,6 +1,7 @@
 """python model.py DIR: text, batches, chats in a pipe, memory, longer context; a Hugging Face directory serves wherever a run does."""
 import io, json, math, subprocess, sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -78,8 +79,17 @@ def test_a_thought_of_an_earlier_turn_does_not_break_no_think(place, monkeypatch
 def test_turns_that_do_not_fit_are_forgotten_but_the_system_message_stays(place, monkeypatch, capfd):
     messages = talk(monkeypatch, "/system S\n" + "".join(f"{i}{'x' * 40}\n" for i in range(6)), context=160)
     assert messages[0]["content"] == "S" and messages[-2]["content"].startswith("5x") and len(messages) < 9
+    assert [m["role"] for m in messages[1:]] == ["user", "assistant"] * (len(messages) // 2)      # a question goes with its answer
     assert talk(monkeypatch, "y" * 300 + "\nz\n")[0]["content"] == "z"
     assert "fewer than 256 expected" in capfd.readouterr().err
+
+
+def test_room_for_an_answer_is_kept_however_long_the_turns_are(place, monkeypatch):
+    sizes = []
+    monkeypatch.setattr(nano, "write", lambda model, ids, tokenizer, stop, cfg, limit, room, seed: sizes.append((len(ids), room)) or ("ok", 2, True))
+    for n in range(30, 50):
+        talk(monkeypatch, f"{'x' * n}\n" * 6, context=160)
+    assert 140 < max(n for n, _ in sizes) <= 160 - 12 and {n + room for n, room in sizes} == {160}
 
 
 def test_a_line_that_is_too_long_is_refused_and_nothing_is_forgotten_for_it(place, monkeypatch, capfd):
@@ -123,7 +133,15 @@ def test_prompts_from_a_file_give_json_lines_that_do_not_depend_on_the_batch(pla
     m, _ = nano.load_checkpoint("base")
     ids = list(one[0]["text"].encode()) if one[0]["text"].isascii() else None
     assert one[0]["finished"] or ids is None or len(ids) == one[0]["tokens"]
-    assert all(math.isfinite(s["logprob"]) and s["logprob"] < 0 for s in one)
+    encoded, stop = [[*b"abc"]] * 3 + [[*b"de"]] * 3, [TOK.special["<|im_end|>"], TOK.eos]
+    made = nano.generate(m, encoded, 12, 0.8, stop_ids=stop, seed=[(0, i, k) for i in range(2) for k in range(3)])
+    assert [s["logprob"] for s in one] == pytest.approx([sum(logps) for _, logps in made], rel=1e-4)
+
+
+def test_a_text_begins_as_documents_do_and_an_empty_one_after_the_end_of_another():
+    plain, llama = (SimpleNamespace(bos=bos, eos=9, encode=lambda text: [*text.encode()]) for bos in (None, 7))
+    for tokenizer, text, expected in ((plain, "a", [97]), (plain, "", [9]), (llama, "a", [7, 97]), (llama, "", [7])):
+        assert nano.encode_prompt(text, tokenizer, "", options()) == expected
 
 
 def test_memory_is_said_before_it_is_taken_and_refused_where_a_gpu_lacks_it(place, capfd, monkeypatch):
@@ -168,6 +186,13 @@ def test_flags_on_the_rotary_embedding_lengthen_context(place, capfd):
     cos, sin = plain.rope(torch.arange(4))
     slow, _ = m.rope(torch.arange(4))
     assert slow.max() == pytest.approx(0.1 * math.log(2) + 1) and cos.max() == 1      # YaRN's temperature
+
+
+def test_a_model_that_was_trained_on_longer_rows_than_yarn_makes_keeps_them():
+    for rows, expected in ((100, 256), (256, 256), (512, 512)):
+        config = nano.Config(max_position_embeddings=rows, rope_factor=4.0, original_max_position_embeddings=64)
+        nano.stretched(config)
+        assert config.max_position_embeddings == expected
 
 
 def test_a_chat_remembers_as_much_as_yarn_makes_of_it(place, capfd):

@@ -58,6 +58,11 @@ def test_learning_rate_follows_the_closed_form(schedule, expected):
     assert {step: train.lr_at(step, cfg) for step in expected} == pytest.approx(expected, rel=1e-9, abs=1e-12)
 
 
+def test_shares_that_are_no_whole_number_of_steps_are_rounded():
+    cfg = train.Config(steps=30, warmup=0.06, decay=0.19, lr=1.0)              # 1.8 and 5.7 steps: 2 and 6
+    assert [train.lr_at(step, cfg) for step in (0, 1, 24, 25, 29)] == pytest.approx([1 / 2, 1, 1, 5 / 6, 1 / 6])
+
+
 @pytest.mark.parametrize("schedule", ["wsd", "cosine", "multistep"])
 @pytest.mark.parametrize("change", [dict(warmup=0.0), dict(warmup=1.0), dict(decay=0.0), dict(decay=1.0), dict(warmup=0.7, decay=0.7), dict(steps=1)])
 def test_learning_rate_stays_between_zero_and_the_peak_at_the_edges(schedule, change):
@@ -196,7 +201,8 @@ def test_clipping_equals_torchs_where_one_process_holds_everything(max_norm):
 def test_spikes_are_what_is_not_finite_or_ten_times_the_median_after_50_steps():
     usual = deque([1.0] * 40 + [3.0] * 20)
     assert train.is_spike(2.0, 10.1, usual) and not train.is_spike(2.0, 9.9, usual)
-    assert not train.is_spike(2.0, 1000.0, deque([1.0] * 49)) and not train.is_spike(2.0, 1000.0, deque())
+    assert not train.is_spike(2.0, 1000.0, deque([1.0] * 49)) and train.is_spike(2.0, 1000.0, deque([1.0] * 50))
+    assert not train.is_spike(2.0, 1000.0, deque())
     for bad in (math.nan, math.inf, -math.inf):
         assert train.is_spike(bad, 1.0, deque()) and train.is_spike(1.0, bad, deque())
 
@@ -246,6 +252,17 @@ def test_evaluation_takes_no_more_rows_at_a_time_than_training(source):
         cfg = train.Config(max_position_embeddings=32, micro_batch=rows)
         scores.append(train.evaluate(m, [source], cfg, CPU)[source.name])
     assert scores[0] == pytest.approx(scores[1], rel=1e-6) and seen[0] > 3 == max(seen[1:])
+
+
+@pytest.mark.parametrize("doc_mask, rows", [(True, 3), (False, 3), (False, 0)])
+def test_evaluation_masks_documents_as_training_does_and_reads_at_most_so_many_tokens(source, doc_mask, rows):
+    m, sums = small_model(vocab_size=320), torch.zeros(2)
+    for ids, targets, docs in data.val_batches(source, 32, 4, limit=rows):
+        nll, _ = m(ids, docs if doc_mask else None, targets)
+        sums += torch.tensor([float(nll.detach()), (targets != -100).sum()])
+    cfg = train.Config(max_position_embeddings=32, doc_mask=doc_mask)
+    loss, _ = train.evaluate(m, [source], cfg, CPU, **dict(max_tokens=32 * rows + 31) if rows else {})[source.name]
+    assert loss == pytest.approx(float(sums[0] / sums[1]), rel=1e-5)
 
 
 def test_evaluation_touches_neither_random_numbers_nor_the_model(source):
