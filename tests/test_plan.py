@@ -382,6 +382,26 @@ def test_an_embedding_that_is_only_looked_up_costs_no_time(capsys):
     assert flops[0] == flops[1]
 
 
+def test_adapters_beside_a_frozen_model_cost_4_flops_a_parameter_and_attention(capsys):
+    figures, out = run(capsys, *SMOLLM3, "--lora_rank=16", "--tok_per_s=13750", "--params=3e9")
+    each = 4 * N + 12 * L * Q * T
+    assert f"{each / 1e9:.4g} GFLOP per token (4N + 12LHDT" in out
+    assert (figures["mfu_6N"], figures["mfu"]) == pytest.approx((4 * N * 13750 / 989e12, each * 13750 / 989e12))
+    needed = run(capsys, *SMOLLM3, "--lora_rank=16", "--params=3e9")[0]["gpus_needed"].values()
+    assert [exact for exact, _ in needed] == [math.ceil(x * 11e12 / (0.3 * 989e12 * 28 * 86400)) for x in (4 * 3e9, 4 * N, each)]
+
+
+@pytest.mark.parametrize("exact, machines", [(1, 8), (8, 8), (9, 16), (16, 16)])
+def test_gpus_for_a_deadline_come_in_machines_of_8(capsys, exact, machines):
+    figures, _ = run(capsys, "smollm3-3b", "--gpu=h100", "--tok_per_s=10000", "--days=1", f"--tokens={10000 * 86400 * (exact - 0.5)}")
+    assert list(figures["gpus_needed"].values()) == [(exact, machines)]
+
+
+def test_20_tokens_per_parameter_count_all_experts(capsys):
+    figures, _ = run(capsys, "nano", "--gpu=h100", "--gpus=1", "--num_experts=8")
+    assert figures["tokens"] == 20 * figures["params"] == 20 * model.num_params(model.Config(num_experts=8))
+
+
 def test_of_several_passes_only_the_last_hides_the_exchange(capsys):
     _, out = run(capsys, "smollm3-3b", "--gpu=h100", "--gpus=192", "--micro_batch=3", "--batch_tokens=4718592", "--network=13", "--tokens=11e12")
     assert "4 passes" in out and "more than the backward pass can hide" in out
