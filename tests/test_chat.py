@@ -665,6 +665,7 @@ def test_the_answer_of_a_solution_is_what_it_boxes_and_the_rest_is_reasoning():
     assert row["answer"] == r"\frac{1}{2^{1}}" and row["mode"] == "think"
     assert row["messages"][-1]["content"].startswith("<think>\nFirst") and row["messages"][-1]["content"].endswith("</think>\n" + row["answer"])
     assert data.normalize(dict(problem="?", solution="no box"))["answer"] == "no box"
+    assert data.boxed("none } here") is data.boxed(r"\boxed{open") is None and data.boxed(r"\boxed{}}") == ""
     deep = r"\boxed{\frac{\sqrt{\frac{1}{2}}}{2}}"
     assert data.normalize(dict(problem="?", solution=f"So {deep}."))["answer"] == deep[7:-1]
     assert data.normalize(dict(problem="?", solution=r"$\boxed{5}$.")) == dict(prompt=[U("?")], answer="5")      # no working

@@ -510,6 +510,11 @@ def test_stop_id_is_included_and_nothing_follows():
         assert ids == free[:end] and logp == pytest.approx(logprobs[:end], abs=1e-5)
 
 
+def test_the_first_and_the_last_token_of_the_vocabulary_are_tokens():
+    (ids, _), = nano.generate(build(), [[0, 63, 0]], 3)
+    assert len(ids) == 3
+
+
 def test_nothing_to_do_gives_nothing():
     assert nano.generate(build(), [], 5) == [] and nano.generate(build(), [[1], [2]], 0) == [([], []), ([], [])]
 

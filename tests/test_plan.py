@@ -405,3 +405,11 @@ def test_20_tokens_per_parameter_count_all_experts(capsys):
 def test_of_several_passes_only_the_last_hides_the_exchange(capsys):
     _, out = run(capsys, "smollm3-3b", "--gpu=h100", "--gpus=192", "--micro_batch=3", "--batch_tokens=4718592", "--network=13", "--tokens=11e12")
     assert "4 passes" in out and "more than the backward pass can hide" in out
+
+
+def test_a_model_with_8_kv_heads_is_cut_into_8_where_less_does_not_fit():
+    p = PLAN(**model.PRESETS["smollm3-3b"] | dict(num_key_value_heads=8, gpus=16))
+    c = model.shape_of(p)
+    memory = {tp: infra.gpu_memory(c, tp, 2)["total"] for tp in (4, 8)}
+    assert infra.layout(p, c, memory[8])[0] == 8 and infra.layout(p, c, memory[4])[0] == 4
+    assert infra.layout(dataclasses.replace(p, gpus=12), c, memory[8])[0] is None            # 12 GPUs are no eights

@@ -199,8 +199,8 @@ def test_clipping_equals_torchs_where_one_process_holds_everything(max_norm):
 
 
 def test_spikes_are_what_is_not_finite_or_ten_times_the_median_after_50_steps():
-    usual = deque([1.0] * 40 + [3.0] * 20)
-    assert train.is_spike(2.0, 10.1, usual) and not train.is_spike(2.0, 9.9, usual)
+    usual = deque([0.5] * 40 + [3.0] * 20)
+    assert train.is_spike(2.0, 5.1, usual) and not train.is_spike(2.0, 4.9, usual)
     assert not train.is_spike(2.0, 1000.0, deque([1.0] * 49)) and train.is_spike(2.0, 1000.0, deque([1.0] * 50))
     assert not train.is_spike(2.0, 1000.0, deque())
     for bad in (math.nan, math.inf, -math.inf):
