@@ -1,5 +1,5 @@
 """data.py: every file format, the split, the shuffle, the mixture and the loader, against independent oracles."""
-import itertools, json, re, threading, time, tracemalloc
+import itertools, json, os, re, threading, time, tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -226,6 +226,16 @@ def test_prepared_files_are_reused_until_something_changes(tmp_path):
     assert len(three.train) < len(old) and np.array_equal(one.train, old)      # what is mapped stays as it was
     path.write_text("other text " * 100, encoding="utf-8")
     assert b"other" in documents_of(quiet_prepare(tmp_path, text=str(path), val_fraction=0.5)[0].train)[0]
+    path.write_text("third text " * 100, encoding="utf-8")                     # as long, but later
+    os.utime(path, ns=(0, 0))
+    [four] = quiet_prepare(tmp_path, text=str(path), val_fraction=0.5)
+    assert b"third" in documents_of(four.train)[0]
+    Path(four.val.filename).unlink()
+    [five] = quiet_prepare(tmp_path, text=str(path), val_fraction=0.5)
+    assert np.array_equal(five.val, four.val)
+    other = data.Tokenizer("other", lambda text: np.frombuffer(data.as_bytes(text), np.uint8) ^ 1, {i: bytes([i ^ 1]) for i in range(256)}, {}, 256)
+    [six] = quiet_prepare(tmp_path, text=str(path), val_fraction=0.5, tokenizer=other)
+    assert six.meta["tokenizer"] == "other" and np.array_equal(six.train[:-1], five.train[:-1] ^ 1)
 
 
 def test_overlap_is_the_share_of_13_grams_seen_in_training():
@@ -286,6 +296,7 @@ def test_permute_differs_by_key_and_does_not_change_from_version_to_version():
     orders = [tuple(data.permute(i, 50, key) for i in range(50)) for key in keys]
     assert len(set(orders)) == len(orders)
     assert [data.permute(i, 10, (0, 1)) for i in range(10)] == [9, 7, 0, 5, 8, 4, 2, 6, 3, 1]
+    assert [data.permute(i, 16, 0) for i in range(16)] == [3, 15, 9, 11, 1, 4, 2, 0, 8, 13, 14, 5, 10, 6, 12, 7]                        # a power of 4 needs no larger square
 
 
 def test_permute_looks_uniform():
@@ -354,6 +365,23 @@ def test_epochs_seeds_and_sources_have_different_orders():
         return [r for g in range(5000) for t, r, e in [loader.locate(g)] if (t, e) == (s, epoch)][:n]
     one, other = loader_of(), loader_of(seed=4)
     assert order(one, 1, 0, 50) != order(one, 1, 1, 50) and order(one, 1, 0, 50) != order(other, 1, 0, 50)
+
+
+def test_sources_of_one_size_and_stages_and_seeds_of_one_mixture_have_orders_of_their_own():
+    found = {}
+    for seed in (3, 4):
+        loader = data.Loader([fake_source(name, 8 * 400 + 1) for name in "ab"], "0.5:a=1,b=1;1.0:a=1,b=1", 8, 4000, seed)
+        places = [loader.locate(g) for g in range(4000)]
+        found |= {(seed, name): [row for s, row, epoch in places if (s, epoch) == (i, 0)] for i, name in enumerate("ab")}
+        found |= {(seed, start): [s for s, _, _ in places[start:start + 1000]] for start in (0, 2000)}
+        assert found[seed, 0] == [s for s, _, _ in places[1000:2000]]                        # within a stage the pattern repeats
+    assert len(set(map(tuple, found.values()))) == len(found) == 8
+
+
+def test_the_order_of_a_run_does_not_change_from_version_to_version():
+    loader = loader_of(total=100, mixture="0.29:a=0.7,b=0.3;1.0:a=0.3333,b=0.3333,c=0.3334")       # 0.29 * 100 < 29 in floats
+    assert [stage[0] for stage in loader.stages] == [0, 29] and np.bincount(loader.stages[1][1]).tolist() == [333, 333, 334]
+    assert [loader.locate(g)[:2] for g in (0, 1, 2, 28, 29, 30, 99)] == [(1, 186), (0, 944), (0, 608), (0, 209), (1, 165), (2, 248), (2, 55)]
 
 
 def test_mixture_fractions_hold_to_one_slot_in_every_stage():
@@ -431,6 +459,7 @@ def test_too_little_text_for_a_row_is_an_error():
         data.Loader([fake_source("a", 8)], "", 8, 100, 0)
     with pytest.raises(ValueError, match="a.val: 8 tokens"):
         next(data.val_batches(fake_source("a", 16), 8, 4))
+    assert [data.count_rows("", range(n), 8) for n in (9, 16, 17, 24, 25)] == [1, 1, 2, 2, 3]       # the last row needs a last label
 
 
 def test_validation_batches_cover_the_file_in_order_or_evenly():

@@ -393,6 +393,15 @@ def test_a_blocks_activations_are_what_torch_keeps_for_the_backward_pass(change)
                                                                                           rel=0.05 if c.num_experts else 0.01)
 
 
+@pytest.mark.parametrize("change, shared", [
+    (dict(), 0), (dict(kv_lora_rank=48, qk_rope_head_dim=16), 2 * (48 + 16)),              # the latent, before and after its norm
+    (dict(num_experts=5, num_experts_per_tok=2), 2 * (32 + 5) + 2 * 2 * 32)])               # the router's float32, what experts get and give
+def test_ranks_share_the_heads_and_the_mlp_and_hold_the_rest_of_the_activations_each(change, shared):
+    c = nano.Config(**SHAPE | change)
+    one, two, four = (nano.training_bytes(c, 10, tp)["activations"] for tp in (1, 2, 4))
+    assert one - two == 2 * (two - four) > 0 and 2 * two - one == 10 * 4 * 2 * (4 * 32 + shared)      # 10 tokens, 4 layers, bf16
+
+
 # --- what cannot be --------------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("change, message", [
