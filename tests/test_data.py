@@ -273,6 +273,11 @@ def test_main_prints_the_tables_and_a_row_and_warns_above_five_epochs(tmp_path, 
     metrics = data.main(cfg)
     printed = capsys.readouterr().out
     assert metrics["tiny"]["epochs"] > 5 and metrics["tiny"]["documents"] == 300
+    assert 1.02 < metrics["tiny"]["tokens_per_byte"] < 1.05                                     # an end for every 30 bytes
+    text = tmp_path / "one.txt"
+    text.write_text("word " * 2000, encoding="utf-8")
+    assert data.main(data.Config(text=str(text), out=str(tmp_path / "out"), seq_len=64))["one"]["documents"] == 1     # cut in two
+    printed += capsys.readouterr().out
     assert "epochs of tiny" in printed and "<|endoftext|>│" in printed and "sha256" in printed
 
 

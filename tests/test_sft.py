@@ -406,6 +406,16 @@ def test_every_example_is_seen_exactly_once_per_epoch_in_another_order_and_share
     assert Counter(seen[:half]) == Counter(seen[half:]) == expected and seen[:half] != seen[half:]
 
 
+def test_a_place_in_a_row_is_for_each_token_but_the_last_and_another_seed_has_another_order(config):
+    examples = [[([1] * n, [1] * n)] for n in (6, 5, 4)]                                     # of 5, 4 and 3 places
+    assert sorted(len(row) for row in sft.pack(examples, config(max_length=12))) == [3]
+    orders = []
+    for seed in (0, 1):
+        run = SimpleNamespace(cfg=config(seed=seed, max_length=8, batch=26), rt=CPU, consumed=0, examples=[[([k, k], [0, 1])] for k in range(26)])
+        orders.append(sft.next_batch(run)[0][:, 0].tolist())
+    assert orders[0] != orders[1] and sorted(orders[0]) == sorted(orders[1]) == [*range(26)]
+
+
 def test_epochs_become_steps(config):
     n = len(begin(config("count")).examples)
     assert begin(config("a", steps=0)).cfg.steps == math.ceil(n / 4)
@@ -1065,6 +1075,8 @@ def test_what_stands_in_a_thought_that_never_ends_is_no_answer():
 
 def test_answers_are_compared_in_one_form():
     assert sft.is_right("1005", "$1,005.") and sft.is_right("Paris", " Paris ") and not sft.is_right("paris", "Paris")
+    forms = {"1,000,000": "1000000", "3,4": "3,4", "1,23": "1,23", " $5.$ ": "5", ".5": ".5", "5. ": "5"}
+    assert {text: data.clean_answer(text) for text in forms} == forms
 
 
 def test_mean_and_standard_error():
@@ -1082,6 +1094,42 @@ def ask(cfg, samples, temperature, batch=128):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(nano, "generate", watched)
         return sft.answers(small_model(), BYTES, TASKS, "think", cfg, rt, samples, temperature, batch), len(wrote)
+
+
+def test_answers_are_given_without_dropout_and_training_goes_on_with_it(config):
+    m, cfg = shake(adapted(config, lora_dropout=0.5)), dataclasses.replace(config(max_new_tokens=12), style="compact")
+    one, other = (sft.answers(m.train(mode), BYTES, TASKS, "think", cfg, CPU) for mode in (True, False))
+    assert one == other and not m.training
+    sft.answers(m.train(), BYTES, TASKS[:1], "think", cfg, CPU)
+    assert m.training
+
+
+@pytest.mark.parametrize("samples", [1, 4])
+def test_one_answer_is_greedy_and_several_are_sampled_at_temperature_1(config, monkeypatch, samples):
+    asked = []
+
+    def answers(model, tokenizer, tasks, mode, cfg, rt, samples, temperature):
+        asked.append((mode, samples, temperature))
+        return [[dict(text="", tokens=1, finished=True, right=False)] * samples for _ in tasks]
+    monkeypatch.setattr(sft, "answers", answers)
+    sft.evaluate_tasks(small_model(), BYTES, TASKS, config(), CPU, samples)
+    assert asked == [(mode, samples, float(samples > 1)) for mode in ("think", "no_think")]
+
+
+@pytest.mark.parametrize("loss_type", ["sft", "ipo"])
+def test_the_held_out_loss_counts_the_tokens_that_are_predicted_and_trained(config, loss_type):
+    m, texts = small_model(), [[*b"abcdef"], [*b"ghi"], [*b"jk"], [*b"lmnopqr"]]
+    held = [[(ids, [1] * len(ids))] for ids in texts]
+    if loss_type == "ipo":
+        held = [[(ids, [0, 0] + [1] * (len(ids) - 2)) for ids in ([*b"abcdef"], [*b"abx"])], [([*b"jkl"], [0, 1, 1]), ([*b"jmnopqr"], [0] + [1] * 6)]]
+    sums = torch.tensor([float(logp_by_hand(m, *x).sum()) for each in held for x in each])
+    run = SimpleNamespace(cfg=config(stage="apo" if loss_type == "ipo" else "sft", loss_type="ipo", beta=0.5), rt=CPU, model=m, held=held, tasks=[],
+                          held_reference=torch.zeros(2, 2), step=0, log=SimpleNamespace(say=print))
+    if loss_type == "ipo":                              # 4 and 1 tokens, 2 and 6
+        expected = ((sums[0] / 4 - sums[1] / 1 - 1) ** 2 + (sums[2] / 2 - sums[3] / 6 - 1) ** 2) / 2
+    else:
+        expected = -sums.sum() / (5 + 2 + 1 + 6)
+    assert sft.validate(run)["val_loss"] == pytest.approx(float(expected), rel=1e-4)
 
 
 @pytest.mark.parametrize("samples, temperature", [(1, 0.0), (3, 1.0)])
