@@ -215,6 +215,7 @@ def test_the_fourth_large_gradient_in_a_row_is_no_spike():
     p.grad = torch.ones(1)
     used = [train.update(run, 2.0, norm, 0.0) for norm in (20.0, 30.0, 20.0, 20.0, 40.0, 1.0, 20.0, 1.0, math.nan)]
     assert used == [False, False, False, True, True, True, False, True, False] and run.skipped == 5
+    assert all(map(math.isfinite, run.norms))           # one nan would make the median of all later steps nan
 
 
 # --- evaluation ------------------------------------------------------------------------------------------------------
@@ -688,6 +689,26 @@ def test_init_starts_from_the_checkpoints_weights_and_shape(reference, config):
     assert rows(cfg)[0]["loss"] < 4.5                   # not the 5.77 of a fresh model
 
 
+def test_longer_rows_with_a_larger_base_can_be_trained_from_init(reference, config):
+    cfg = config(init=reference[0].out, steps=1, rope_theta=5e5, max_position_embeddings=64, batch_tokens=256)
+    train.main(cfg)
+    model, extra = nano.load_checkpoint(cfg.out)
+    assert (model.config.rope_theta, model.config.max_position_embeddings, extra["consumed_samples"]) == (5e5, 64, 4)
+    assert reference[0].max_position_embeddings != 64 and json.loads((Path(cfg.out) / "config.json").read_text())["rope_theta"] == 5e5
+
+
+def test_evaluations_are_no_training_time(config, monkeypatch):
+    real, evaluate, late = time.perf_counter, train.evaluate, [0]
+
+    def slow(*args):
+        late[0] += 1000
+        return evaluate(*args)
+    monkeypatch.setattr(train, "evaluate", slow)
+    monkeypatch.setattr(train, "time", SimpleNamespace(perf_counter=lambda: real() + late[0]))
+    result = train.main(config(steps=6, eval_every=2))
+    assert late == [3000] and 0 < result["seconds"] < 1000
+
+
 # --- bench and presets -----------------------------------------------------------------------------------------------
 
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
@@ -736,6 +757,13 @@ def test_bad_settings_end_with_one_line(config, change, message):
     with pytest.raises(SystemExit, match=message) as error:
         train.main(cfg)
     assert "\n" not in str(error.value) and not nano.checkpoints(cfg.out)
+
+
+def test_only_the_schedule_that_decays_at_the_end_must_leave_room_for_that(config):
+    for schedule in ("cosine", "multistep"):
+        train.check(config(schedule=schedule, warmup=0.7, decay=0.4), CPU)
+    with pytest.raises(SystemExit, match="not more than 1 together"):
+        train.check(config(schedule="wsd", warmup=0.7, decay=0.4), CPU)
 
 
 def test_a_negative_seed_is_refused_in_one_line(config):
