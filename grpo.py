@@ -406,7 +406,8 @@ def open_model(cfg, rt, resuming):
             if resuming and extra["monitor"]["others"].get(flag) != its["crc"]:
                 raise SystemExit(f"--resume: {its['path']}: not the file that the run in {cfg.out} has had as its "
                                  f"{flag}")
-            other.compute_dtype, others[flag], crcs[flag] = rt.dtype, other, its["crc"]
+            other.compute_dtype = rt.dtype
+            others[flag], crcs[flag] = nano.inference_copy(other), its["crc"]  # never trained: half the memory
     return train.ready(model, cfg, rt), extra, others, crcs
 
 

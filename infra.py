@@ -680,7 +680,7 @@ def probe_matmul(cfg, rt, rows):
     for kind in filter(kinds.get, kinds):
         try:
             found[kind] = tflops(rt, size, size, size, kind)
-        except RuntimeError as e:  # fp8 where this build of torch has no kernel for it
+        except (RuntimeError, ValueError) as e:  # fp8 where this build of torch has no kernel for it
             yield note(f"matmul {kind}", one_line(e))
             continue
         more = dict(convention=f"{size}³", dtype=kind, square=True)

@@ -650,10 +650,11 @@ def training_bytes(c, tokens, tp=1, lora_rank=0):
 # --- generation ------------------------------------------------------------------------------------------------------
 
 def inference_copy(model):
-    """The model with its weights in compute_dtype, so that decoding does not cast them anew at every token."""
-    if all(p.dtype == model.compute_dtype for p in model.parameters()):
+    """The model with its weights in compute_dtype, so that no forward pass casts them anew; nothing else is different."""
+    cast = [p for name, p in model.named_parameters() if p.dtype != model.compute_dtype and not name.endswith(".gate.weight")]
+    if not cast:  # routers do not count: they are used in float32
         return model
-    weights = {id(p): nn.Parameter(p.detach().to(model.compute_dtype, copy=True)) for p in model.parameters()}
+    weights = {id(p): nn.Parameter(p.detach().to(model.compute_dtype)) for p in cast}
     return copy.deepcopy(model, weights | {id(model.tp): model.tp})  # none in float32; a process group has no copies
 
 

@@ -205,7 +205,7 @@ def test_preset_as_a_flag_is_the_bare_word(capsys):
     *((f"--{key}=-1", f"{key}=-1(.0)?: 0 or more, ")
       for key in "tokens tok_per_s tflops params tp micro_batch price".split()),
     ("--gpus=2.5", "--gpus: a whole number expected"), ("--mfu=nan", "--mfu: a number expected"), ("--gqu=h100", "mean gpu"),
-    ("--hidden_size=0", "at least 1"), ("--tp=3", "tp=3: a divisor of gpus=8.*num_key_value_heads=4.* expected"),
+    ("--hidden_size=0", "1 or more"), ("--tp=3", "tp=3: a divisor of gpus=8.*num_key_value_heads=4.* expected"),
     ("--tp=8", "tp=8: a divisor"), ("--tp=4 --gpus=6", "tp=4: a divisor"), ("--gpu=gtx", "--gpu=gtx: B200, .*H100, .*expected"),
     ("--mfu=1.01", "mfu=1.01: .*1 at most"), ("--gpu= --gpus=16", "--gpus: without --gpu .*--gpu=h100"),
     ("--gpu=gtx --tflops=9", "gtx"), ("--gpu=t4", "--gpu=t4: .*--tflops where it has no bf16"), ("--gpu=t4 --why", "--gpu=t4"),

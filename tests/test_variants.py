@@ -423,3 +423,17 @@ def test_an_expert_that_cannot_be_cut_is_refused_by_name():
         nano.Transformer(c, SimpleNamespace(size=lambda: 2))
     assert not c.indivisible(1) and c.indivisible(2) == ["expert_size"]
     assert not dataclasses.replace(c, num_experts=0).indivisible(2)
+
+
+@pytest.mark.parametrize("change", [{}, dict(num_experts=4), dict(kv_lora_rank=16), dict(qk_norm=True), dict(tie_word_embeddings=False)],
+                         ids=str)
+def test_a_copy_in_bfloat16_computes_the_bits_of_the_model_that_casts_its_weights(change):
+    """Else the KL to a reference that is the same model would not begin at 0, nor sampling be on-policy."""
+    m = random_model(vocab_size=64, **change)
+    for p in m.parameters():
+        torch.nn.init.normal_(p, 0.5, 0.1)                    # norms too
+    m.compute_dtype = torch.bfloat16
+    twin, ids = nano.inference_copy(m), torch.randint(0, 64, (2, 50))
+    assert twin.embed_tokens.weight.dtype == torch.bfloat16
+    assert nano.inference_copy(twin) is twin
+    assert torch.equal(*(each(ids, None, ids, "none", 0.7) for each in (m, twin)))
