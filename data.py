@@ -1154,7 +1154,8 @@ def instructed(row):
 
 def sorted_out(row):
     """A row by its keys, in order of precedence -> the parts of the internal form, not checked yet."""
-    row = {k: v for k, v in row.items() if v is not None}       # null: a column of other rows, where data sets are mixed
+    nulls = [k for k, v in row.items() if v is None]        # columns of other rows, where data sets are mixed
+    row = {k: v for k, v in row.items() if v is not None}
     question = next((row[k] for k in ("question", "prompt", "problem") if k in row), None)
     answer = next((row[k] for k in ("answer", "solution", "target") if k in row), None)
     if "messages" in row:
@@ -1176,7 +1177,8 @@ def sorted_out(row):
         return dict(messages=as_messages(instructed(row), "user") + as_messages(row["output"], "assistant"))
     if isinstance(row.get("text"), str):
         return dict(text=row["text"])
-    raise ValueError(f"keys {', '.join(sorted(row)) or 'none'}: expected {FORMATS}")
+    keys = ", ".join([*sorted(row), *(f"{k} (null)" for k in sorted(nulls))])
+    raise ValueError(f"keys {keys or 'none'}: expected {FORMATS}")
 
 
 def reasoned(message, mode):
@@ -1246,7 +1248,8 @@ def pack_best_fit(lengths, size):
     split. O(n log n), over the whole data set (TRL packs a thousand rows at a time)."""
     bins, spaces, holders = [], [], {}      # spaces: free spaces that some bin has, sorted; holders: space -> those bins
     for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
-        need(0 <= lengths[i] <= size, f"length {lengths[i]} of item {i}", f"0 to {size}")
+        if not 0 <= lengths[i] <= size:
+            raise ValueError(f"length {lengths[i]} of item {i}: expected 0 to {size}")
         at = bisect.bisect_left(spaces, lengths[i])
         if at == len(spaces):
             space, b = size, len(bins)

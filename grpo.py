@@ -516,7 +516,9 @@ def main(cfg):
                                                 *(v / rt.tp_size for v in values.values()))
                 run.monitor["loss"] = loss
                 # where nothing was learnt, momentum must not go on: Muon's steps are as long whatever it is
-                if norm != 0:
+                if norm == 0:
+                    run.bad = 0
+                else:
                     train.update(run, loss, norm, lr)
                 run.step += 1
                 log.bar.update(1)

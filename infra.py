@@ -145,10 +145,10 @@ def cli(Config, presets={}, argv=None):
                     given[key] = convert(value, kinds[key])
                 except ValueError as e:
                     raise ValueError(f"{where}{key}: {e}") from None
-        preset = given.pop("preset", "") if presets else ""
-        if preset and preset not in presets:
-            raise ValueError(f"--preset={preset}: one of {', '.join(presets)} expected")
-        return Config(**presets.get(preset, {}) | given)
+                if key == "preset" and presets and value not in presets:
+                    raise ValueError(f"{where}preset={value}: one of {', '.join(presets)} expected")
+        preset = presets[given.pop("preset")] if presets and "preset" in given else {}
+        return Config(**preset | given)
     except ValueError as e:
         print(f"{program}: {e}", file=sys.stderr)
         raise SystemExit(2) from None
@@ -554,9 +554,9 @@ class Log:
             except ImportError:
                 raise SystemExit("--wandb: the package wandb is not installed: pip install wandb") from None
             self.wandb = module.init(project="nanosmol", name=Path(out).name, config=config)
-        kept = [row for row in read_log(out) if start and row.get("step", math.inf) <= start and not row.get("final")]
+        older = [row for row in read_log(out) if isinstance(row.get("step"), int) and not row.get("final")] if start else []
         with atomic(self.path) as f:
-            f.write("".join(json.dumps(row) + "\n" for row in kept).encode())
+            f.write("".join(json.dumps(row) + "\n" for row in older if row["step"] <= start).encode())
         self.file = open(self.path, "a", encoding="utf-8")
 
     def say(self, text):
@@ -1418,8 +1418,8 @@ def logged(directory, x):
         found, rows = {}, read_log(directory)
     except OSError as e:
         raise SystemExit(f"{directory}: {e.strerror}: the directory of a run expected") from None
-    if not rows:
-        raise SystemExit(f"{directory}/metrics.jsonl: the log of a run expected")
+    if not (Path(directory) / "metrics.jsonl").exists():
+        raise SystemExit(f"{directory}/metrics.jsonl: no such file: the log of a run expected")
     for row in rows:
         inner = {f"{k}.{i}": v for k, d in row.items() if isinstance(d, dict) for i, v in d.items()}
         for k, v in (row | inner).items():

@@ -578,6 +578,8 @@ def open_model(cfg, rt, resuming):
         base = os.path.relpath(extra["path"], cfg.out)
         lora = dict(scale=cfg.lora_alpha / cfg.lora_rank, base=base, crc=extra["crc"])
     if lora and resuming:
+        if any(here["train_config"][k] != getattr(cfg, k) for k in ("lora_rank", "lora_alpha", "lora_targets")):
+            raise SystemExit(f"--resume: {cfg.out} has other --lora_rank, --lora_alpha, --lora_targets: the same expected")
         if here["lora"]["crc"] != lora["crc"]:
             raise SystemExit(f"--resume: {extra['path']}: not the file that the adapters in {cfg.out} were trained on")
         model.load_state_dict({n: nano.shard(here["model"][n], p.tp_dim, rt.tp_group)

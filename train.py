@@ -190,7 +190,9 @@ def load_optimizer_state(model, optimizers, saved):
 def evaluate(model, sources, cfg, rt, max_tokens=2**17):
     """{source: (nats per token, bits per byte)} on held-out documents: the same rows every time, no random numbers."""
     T, result = cfg.max_position_embeddings, {}
-    rows = min(max(1, 16384 // T), cfg.micro_batch or 16384)  # of a pass: no more logits than in training
+    rows = max(1, 16384 // T)
+    if cfg.micro_batch:  # where memory is short: no more logits than in training, or than 2,048 tokens have
+        rows = min(rows, max(cfg.micro_batch, 2048 // T))
     for s in sources:
         nll, count = 0.0, 0
         for i, (ids, targets, docs) in enumerate(data.val_batches(s, T, rows, limit=max_tokens // T)):
@@ -514,7 +516,7 @@ def check_ranks(model, rt, step):
 def occupy(cfg, rt, *sources):
     """Take cfg.out for this run -> (cfg; the lock, to be kept; whether the run that is there goes on)."""
     locked = infra.lock(cfg.out) if rt.rank == 0 else None
-    if cfg.resume and not cfg.init:  # it began from what its config.json says, whatever the flags leave out
+    if cfg.resume and not cfg.init and nano.checkpoints(cfg.out):  # it began from what its config.json says, whatever the flags leave out
         cfg = dataclasses.replace(cfg, init=settings(cfg.out).get("init", ""))
     file, jobs = Path(cfg.out) / ".job", infra.jobs(rt)
     before = file.read_text(encoding="utf-8").splitlines() if file.exists() else []

@@ -383,7 +383,7 @@ BAD_ROWS = [
     (b'{"text": "\xff"}', "expected messages"), (b'{"a":' * 100_000, "expected messages"),
     (b'{"text": "a"}{"text": "b"}', "expected messages"),
     (dict(foo=1, bar=2), "keys bar, foo: expected messages, conversations"), (dict(text=3), "keys text: expected"),
-    (dict(messages=None), "keys none: expected messages"), (dict(messages="Hi"), "messages 'Hi': expected a list"),
+    (dict(messages=None, a=1), r"keys a, messages \(null\): expected messages"), (dict(messages="Hi"), "messages 'Hi': expected a list"),
     (dict(messages=[S(None), U("a")]), "message 0: content None: expected text; without"),
     (dict(messages=[U("a"), A(None)]), "message 1: content None: expected text"),
     (dict(messages=[U("a"), U("b")]), "message 1: a second user message in a row: expected"),

@@ -145,6 +145,9 @@ def test_curves_are_drawn_to_scale_smoothed_and_nested(tmp_path, monkeypatch, ca
     assert infra.plot(["two", "one"], infra.Plot(y="loss", chain=True))["loss"] == {"loss": [
         (0, 2.0), (1, 2.0), (2, 2.0), (3, 2.0), (9, 4.0), (10, 3.0), (11, 2.0), (12, 1.0)]}
     assert list(infra.plot(["two", "one"], infra.Plot(y="val_bpb.text,loss"))["val_bpb.text"]) == ["one"]   # two has none
+    Path("begun").mkdir()
+    Path("begun/metrics.jsonl").touch()                 # no row yet: no reason not to see the others
+    assert list(infra.plot(["two", "begun"], infra.Plot(y="loss"))["loss"]) == ["two"]
     for directory, y, message in (("none", "loss", "none/metrics.jsonl: .*the log of a run expected"),
                                   ("one", "acc", "one: no acc over step: one of loss, seconds, step, val_bpb.text expected")):
         with pytest.raises(SystemExit, match=message):

@@ -330,7 +330,8 @@ def test_log_prints_a_line_with_progress_and_eta(tmp_path, capsys):
 def test_a_new_log_starts_empty_and_a_resumed_one_keeps_rows_up_to_its_step(tmp_path):
     path, row = tmp_path / "metrics.jsonl", lambda **kw: json.dumps(kw) + "\n"
     path.write_text(row(step=5, loss=1.0) + row(step=10, loss=2.0) + row(step=10, val_loss=3.0) + row(step=11, loss=4.0)
-                    + row(step=10, final=True) + row(step=20, loss=5.0) + '{"step": 21, "lo', encoding="utf-8")
+                    + row(step=10, final=True) + row(step=20, loss=5.0) + row(step=None) + row(step="2")
+                    + '{"step": 21, "lo', encoding="utf-8")
     log = infra.Log(tmp_path, 30, start=10)
     log.row(step=11, loss=6.0)
     log.close()
@@ -566,7 +567,7 @@ def test_a_preset_may_stand_in_the_file_too(tmp_path, capsys):
     (tmp_path / "b.toml").write_text('preset = "large"\n')
     with pytest.raises(SystemExit):
         infra.cli(train.Config, train.PRESETS, [f"--config={tmp_path}/b.toml"])
-    assert "preset=large: one of " in capsys.readouterr().err
+    assert "b.toml: preset=large: one of " in capsys.readouterr().err
 
 
 def test_a_job_that_a_script_started_in_the_background_hears_sigint():

@@ -854,6 +854,8 @@ def test_a_resume_with_adapters_of_another_kind_is_refused_in_one_line(config, c
     cfg = config(lora_rank=2, lora_targets="q_proj,v_proj")
     stopped_run(cfg, 2)
     one_line(sft.main, resumed(cfg, **change), match=f"--resume: .*run has {next(iter(change))}=")
+    Path(cfg.out, "config.json").unlink()               # the checkpoint knows them too
+    one_line(sft.main, resumed(cfg, **change), match="--resume: .*run has other --lora_rank, --lora_alpha, --lora_targets")
 
 
 def test_a_resume_onto_another_base_is_refused(config, place, tmp_path):
