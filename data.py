@@ -43,12 +43,14 @@ MIXTURES = {"smollm3": [(0.72, dict(text=85, code=12, math=3)), (0.89, dict(text
 
 
 def need(condition, what, expected):
+    """ValueError in the form of all messages about input, unless the condition holds."""
     if not condition:
         raise ValueError(f"{what}: expected {expected}")
 
 
 @dataclass
 class Config:
+    """What to prepare and what to show: the flags of data.py."""
     text: str = ""                # own text: FILE, DIR or GLOB; several with commas; NAME=PATH names the source
     jsonl: str = ""               # own JSON lines with a key "text", likewise
     hf: str = ""                  # Hugging Face datasets, NAME or NAME:CONFIG, streamed (needs the package datasets)
@@ -114,6 +116,7 @@ class Tokenizer:
 
 
 def as_bytes(text):
+    """UTF-8; bytes stay as they are."""
     return text if isinstance(text, bytes) else text.encode("utf-8", errors="replace")      # lone surrogates become ?
 
 
@@ -452,6 +455,7 @@ def stdlib_files(code):
 
 
 def code_documents():
+    """A third of the modules of Python's standard library, bytes each."""
     return (path.read_bytes() for path in stdlib_files(code=True))
 
 
@@ -489,6 +493,7 @@ def column_sum(a, b, forget=False):
 
 
 def problem(rng):
+    """Arithmetic with its answer: a product, a difference, a story or a sum; products and most sums with their working."""
     a, b = (rng.randrange(10 ** rng.randint(1, 4)) for _ in range(2))
     kind, who, what = rng.randrange(8), rng.choice("Ada Ben Mia Zoe".split()), rng.choice("apples books coins".split())
     if kind == 0:
@@ -502,6 +507,7 @@ def problem(rng):
 
 
 def math_documents():
+    """10,000 documents of 4 to 12 problems, the same in every run."""
     for i in range(10_000):
         rng = random.Random(f"math {i}")        # one generator per document; the run's seed plays no part in it
         yield "\n".join(problem(rng) for _ in range(rng.randint(4, 12))) + "\n"

@@ -23,6 +23,7 @@ from infra import Machine, Stop, all_sum, gather
 
 @dataclass
 class Config(Machine):
+    """The flags of grpo.py."""
     init: str = ""                 # run or Hugging Face directory to start from; default: out/apo, else out/sft
     out: str = "out/grpo"          # run directory
     # problems and rewards

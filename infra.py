@@ -595,6 +595,7 @@ class Log:
 
 @dataclasses.dataclass
 class Config(Machine):
+    """The flags of the probes."""
     preset: str = ""     # whose shapes and needs; default: small, on a GPU smollm3-3b (a bare word does it too)
     only: str = ""       # health,matmul,memory,transfer,peers,collectives,storage,loader; default: all
     path: str = "."      # directory whose disk is measured: where data and checkpoints will lie
@@ -1404,6 +1405,7 @@ None is true, or you are not sure: don't train, fine-tune: {tuning / tokens:.2%}
 
 @dataclasses.dataclass
 class Plot:
+    """The flags of `infra.py plot`."""
     x: str = "step"                # step, tokens or seconds
     y: str = "loss"                # what metrics.jsonl holds: loss, val_bpb.text, "val_bpb.*", reward, ...; a,b: two drawings
     chain: bool = False            # each run begins where the one before it ended: the stages of one story

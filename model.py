@@ -34,6 +34,7 @@ from infra import Machine, atomic, cli, launch, peak_memory, read_log, setup, wr
 
 @dataclass
 class Config:
+    """The shape of a network, under Hugging Face's names: what a checkpoint records."""
     vocab_size: int = 320                  # rows of the embedding; a multiple of 64
     hidden_size: int = 128                 # width of the residual stream
     intermediate_size: int = 512           # width of the SwiGLU MLP
@@ -1152,6 +1153,7 @@ To be filled in by you, who publish this.
 
 @dataclass
 class Options(Config, Machine):
+    """The flags of model.py."""
     init: str = ""               # run directory, e.g. out/base, or a Hugging Face directory
     prompt: str = ""             # text to continue; with --chat: to answer
     prompt_file: str = ""        # file of prompts, a line each

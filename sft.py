@@ -25,6 +25,7 @@ from infra import Machine, Stop, all_sum, gather
 
 @dataclass
 class Config(Machine):
+    """The flags of sft.py, of all its stages."""
     stage: str = "sft"             # sft, apo (preference pairs, whatever the loss_type), eval, merge
     init: str = ""                 # run or Hugging Face directory to start from; default: out/base, for apo out/sft, for eval out/apo
     out: str = ""                  # run directory; default: out/STAGE

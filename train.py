@@ -31,6 +31,7 @@ from infra import Log, Machine, Stop, all_gather, all_sum, in_turn, on_rank_0
 
 @dataclass
 class Config(nano.Config, Machine):
+    """The flags of train.py: shape, data, optimization, the run."""
     vocab_size: int = 0            # rows of the embedding; 0: the tokenizer's
     # data
     text: str = ""                 # file, folder or glob of your own text, NAME=PATH,... for several; default: built in
